@@ -1,0 +1,100 @@
+"""Random weights of a given root mean square: one law a function, the same numbers for every framework.
+
+All laws draw from a ``numpy.random.Generator`` that is passed in, in float32 (float64 for float64 weights), so
+that a seed means the same weights in PyTorch and Keras, on CPU and on accelerators, and in half precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import ndtr, ndtri
+
+from hessinit.layout import Layout
+
+Weights = npt.NDArray[np.floating[Any]]
+Stack = tuple[int, int, int]
+Law = Callable[[Stack, np.random.Generator, "npt.DTypeLike"], Weights]
+
+TRUNCATION = 2.0  # in standard deviations of the normal before truncation
+
+
+def _normal(stack: Stack, rng: np.random.Generator, dtype: Any) -> Weights:
+    return rng.standard_normal(stack, dtype=dtype)
+
+
+def _uniform(stack: Stack, rng: np.random.Generator, dtype: Any) -> Weights:
+    return np.asarray((2 * rng.random(stack, dtype=dtype) - 1) * np.sqrt(3.0), dtype=dtype)
+
+
+def _truncated_normal(stack: Stack, rng: np.random.Generator, dtype: Any) -> Weights:
+    """Inverse distribution function, divided by its own standard deviation (0.8796 for two sigmas)."""
+    low = ndtr(-TRUNCATION)
+    density = np.exp(-(TRUNCATION**2) / 2) / np.sqrt(2 * np.pi)
+    std = np.sqrt(1 - 2 * TRUNCATION * density / (1 - 2 * low))
+    return np.asarray(ndtri(low + (1 - 2 * low) * rng.random(stack, dtype=dtype)) / std, dtype=dtype)
+
+
+def _orthogonal(stack: Stack, rng: np.random.Generator, dtype: Any) -> Weights:
+    """Semi-orthogonal rows or columns, uniform (Haar), with the Frobenius norm of independent unit entries."""
+    copies, outputs, inputs = stack
+    long, short = max(outputs, inputs), min(outputs, inputs)
+    q, r = np.linalg.qr(rng.standard_normal((copies, long, short), dtype=dtype))
+    q = q * np.where(np.diagonal(r, axis1=1, axis2=2) < 0, -1, 1)[:, None, :]  # QR's own signs are not uniform
+    return np.asarray((q if outputs >= inputs else q.transpose(0, 2, 1)) * np.sqrt(long), dtype=dtype)
+
+
+LAWS: dict[str, Law] = {
+    "orthogonal": _orthogonal,
+    "normal": _normal,
+    "truncated_normal": _truncated_normal,
+    "uniform": _uniform,
+}
+
+
+def check_distribution(distribution: str, function: str) -> str:
+    """The name itself, if it is one of ``LAWS``; else a ValueError that lists them."""
+    if distribution not in LAWS:
+        raise ValueError(f"{function}: distribution must be one of {', '.join(LAWS)}; got {distribution!r}.")
+    return distribution
+
+
+def draw(
+    shape: Sequence[int],
+    layout: Layout,
+    std: float,
+    distribution: str,
+    rng: np.random.Generator,
+    dtype: npt.DTypeLike = np.float32,
+) -> Weights:
+    """Weights of a given root mean square.
+
+    Args:
+        shape: of the weight; any axis may be zero.
+        layout: its axes; the orthogonal law makes each copy's (outputs, inputs x positions) matrix orthogonal.
+        std: standard deviation of the entries; for ``"orthogonal"`` the exact root mean square of each copy.
+        distribution: ``"orthogonal"``, ``"normal"``, ``"truncated_normal"`` (at two standard deviations) or
+            ``"uniform"``. All have mean zero and the std asked for.
+        rng: decides everything.
+        dtype: float32 or float64.
+
+    Example:
+        >>> w = draw((128, 784), Layout("oi"), 0.05, "orthogonal", np.random.default_rng(0))
+        >>> bool(np.allclose(w @ w.T, 0.05**2 * 784 * np.eye(128), atol=1e-5))
+        True
+    """
+    stack, sorted_shape, back = layout.blocks(shape)
+    if 0 in stack:
+        return np.zeros(tuple(shape), dtype)
+    unit = LAWS[distribution](stack, rng, dtype)
+    return np.asarray(std * unit, dtype=dtype).reshape(sorted_shape).transpose(back).reshape(tuple(shape))
+
+
+def stream(seed: int, *names: str | int) -> np.random.Generator:
+    """The random stream of one weight: a function of the seed and of names alone, not of the order of calls."""
+    digest = hashlib.blake2b("/".join(str(part) for part in (seed, *names)).encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "little"))

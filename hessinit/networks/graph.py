@@ -1,0 +1,126 @@
+"""What follows each weight: the bookkeeping of one pass through a model, whatever the framework."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hessinit.networks.base import Follower
+
+_GRID = np.sort(np.random.default_rng(0).uniform(-3.0, 3.0, 33))
+
+
+def is_activation(function: Callable[[Any], Any]) -> bool:
+    """Whether a NumPy function acts on each entry alone, and not linearly.
+
+    It is asked for its values on a few numbers, on the same reversed, and on a part of them: softmax, norms, pooling and
+    reshapes give themselves away; dropout in evaluation mode is linear.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            full, back, part = (np.asarray(function(u)) for u in (_GRID, _GRID[::-1].copy(), _GRID[:7].copy()))
+    except Exception:  # any refusal of a plain vector means that it is no activation
+        return False
+    if full.shape != _GRID.shape or part.shape != (7,) or not np.isfinite(full).all():
+        return False
+    if not (np.allclose(full[::-1], back, atol=1e-6) and np.allclose(full[:7], part, atol=1e-6)):
+        return False
+    line = np.polynomial.Polynomial.fit(_GRID, full, 1)(_GRID)
+    return bool(np.abs(full - line).max() > 1e-5 * (1e-3 + np.abs(full).max()))
+
+
+class State(NamedTuple):
+    """What a tensor carries: weights whose follower is not yet seen, and the layers it came through in a chain."""
+
+    pending: frozenset[str]
+    layers: frozenset[int]
+
+
+class WeightGraph:
+    """Collects, while a tensor is followed through a model, what comes after each weight and how long its chain is.
+
+    Args:
+        whole: whether the end of the pass is the model's output (and not that of a part of it).
+    """
+
+    def __init__(self, whole: bool) -> None:
+        self.whole = whole
+        self._names: list[list[str]] = []  # of each layer, in the order of the pass
+        self._before: list[frozenset[int]] = []  # the layers that each layer's input came through
+        self._moments: list[float | None] = []
+        self._activations: dict[str, tuple[str, Callable[[Any], Any] | str]] = {}
+        self._outputs: frozenset[str] = frozenset()
+
+    @staticmethod
+    def join(states: Iterable[State]) -> State:
+        """The state of a tensor made from several."""
+        states = list(states)
+        return State(frozenset().union(*(s.pending for s in states)), frozenset().union(*(s.layers for s in states)))
+
+    def start(self) -> State:
+        """The state of the model's input."""
+        return self.join([])
+
+    def weights(self, state: State, names: Sequence[str], input_moment: float | None = None) -> State:
+        """The tensor, data of this mean square if it is the model's input, meets the weights of one layer."""
+        self._settle(state.pending, "linear", "linear")
+        self._names.append(list(names))
+        self._before.append(state.layers)
+        self._moments.append(input_moment)
+        return State(frozenset(names), frozenset([len(self._names) - 1]))
+
+    def activation(self, state: State, name: str, function: Callable[[Any], Any] | str) -> State:
+        """The tensor goes through an activation."""
+        self._settle(state.pending, name, function)
+        return State(frozenset(), state.layers)
+
+    def norm(self, state: State) -> State:
+        """The tensor is normalised: a new chain starts."""
+        return State(state.pending, frozenset())
+
+    def unknown(self, state: State) -> State:
+        """The tensor enters something that cannot be followed."""
+        return self.start()
+
+    def end(self, state: State) -> None:
+        """The pass is over."""
+        if self.whole:
+            self._outputs = state.pending
+
+    def followers(self) -> Mapping[str, Follower]:
+        """What follows each weight, as far as the pass showed it.
+
+        Nothing follows the output layer. It takes the activation before it, so that all layers of a chain share one
+        gain (measured against a gain of one there: equal or better, see ``paper_figures/fig_depth.py``).
+        """
+        ahead = [1] * len(self._names)  # the longest chain that starts, and that ends, at each layer
+        behind = [1] * len(self._names)
+        for layer, before in enumerate(self._before):
+            behind[layer] = 1 + max((behind[b] for b in before), default=0)
+        for layer in reversed(range(len(self._names))):
+            for b in self._before[layer]:
+                ahead[b] = max(ahead[b], 1 + ahead[layer])
+        found = {}
+        for layer, names in enumerate(self._names):
+            for name in names:
+                activation = self._activations.get(name)
+                if activation is None and name in self._outputs:
+                    activation = self._activation_before(layer)
+                if activation is not None and name not in found:
+                    found[name] = Follower(*activation, behind[layer] + ahead[layer] - 1, self._moments[layer])
+        return found
+
+    def _settle(self, pending: Iterable[str], name: str, function: Callable[[Any], Any] | str) -> None:
+        for weight in pending:
+            self._activations.setdefault(weight, (name, function))
+
+    def _activation_before(self, layer: int) -> tuple[str, Callable[[Any], Any] | str]:
+        for before in sorted(self._before[layer], reverse=True):
+            for name in self._names[before]:
+                activation = self._activations.get(name, ("linear", "linear"))
+                return activation if activation[0] != "linear" else self._activation_before(before)
+        return "linear", "linear"

@@ -1,0 +1,239 @@
+"""The adapter for ``keras.Model`` (Keras 3, any backend): what each variable is for, what follows it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+from keras import layers
+
+from hessinit.layout import KERAS, Layout
+from hessinit.networks import base
+from hessinit.networks.base import Follower, Parameter
+from hessinit.networks.graph import State, WeightGraph, is_activation
+from hessinit.rules import ACTIVATIONS
+
+Array = npt.NDArray[np.floating[Any]]
+GATES = {"LSTMCell": 4, "GRUCell": 3, "SimpleRNNCell": 1, "ConvLSTMCell": 4}
+_CONV = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
+_CONV_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+_DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+_SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
+_NORM = (layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization, layers.RMSNormalization)
+_ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
+_ROLES = {"gamma": base.NORM_SCALE, "scale": base.NORM_SCALE, "beta": base.NORM_OFFSET}
+
+
+def accepts(model: object) -> bool:
+    """Whether this adapter is the one for the model."""
+    return isinstance(model, keras.Model)
+
+
+def weight_layout(layer: keras.Layer, name: str) -> Layout | None:
+    """The layout of a layer's own variable if it is a weight that the rule covers, else None."""
+    cell = type(layer).__name__
+    if name in ("kernel", "recurrent_kernel") and cell in GATES:
+        return Layout("...i(go)", groups=GATES[cell])
+    if isinstance(layer, layers.EinsumDense) and name == "kernel":
+        return Layout(_einsum_axes(layer.equation))
+    if isinstance(layer, layers.Embedding) and name == "embeddings":
+        return Layout("vo")
+    if isinstance(layer, (*_SEPARABLE, *_DEPTHWISE)):
+        if name == "pointwise_kernel":
+            return KERAS
+        return Layout("...go", stride=math.prod(layer.strides)) if name in ("kernel", "depthwise_kernel") else None
+    if isinstance(layer, _CONV_TRANSPOSED) and name == "kernel":
+        return Layout("...oi", stride=math.prod(layer.strides), transposed=True)
+    if isinstance(layer, _CONV) and name == "kernel":
+        return Layout("...i(go)", groups=layer.groups, stride=math.prod(layer.strides))
+    return KERAS if isinstance(layer, layers.Dense) and name == "kernel" else None
+
+
+def _einsum_axes(equation: str) -> str:
+    """Axes of the kernel in ``"inputs,kernel->outputs"``: summed ones are inputs, those of both sides copies."""
+    left, outputs = equation.replace("...", "").replace(" ", "").split("->")
+    inputs, kernel = left.split(",")
+    return "".join("o" if a not in inputs else "i" if a not in outputs else "g" for a in kernel)
+
+
+class KerasNetwork:
+    """A ``keras.Model`` as a :class:`~hessinit.networks.base.Network`."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self.model = model
+
+    def prepare(self, inputs: Any) -> None:
+        if self.model.built and self.model.weights:
+            return
+        if inputs is None:
+            raise ValueError(
+                f"init_: model {self.model.name!r} must be built; got a model without weights. "
+                "Pass batch=, or call model.build(input_shape) first."
+            )
+        self.model(keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x[:1]), inputs))
+
+    def parameters(self) -> Sequence[Parameter]:
+        found: list[Parameter] = []
+        self._variables: dict[str, Any] = {}
+        first: dict[int, str] = {}
+        for position, (layer, variable) in enumerate(_owned_variables(self.model)):
+            tied = first.setdefault(id(variable), variable.path)
+            layout = weight_layout(layer, variable.name)
+            floating = keras.backend.is_float_dtype(variable.dtype)
+            self._variables[variable.path] = variable
+            found.append(
+                Parameter(
+                    name=variable.path,
+                    key=f"{position}/{variable.name}",  # Keras numbers layer names by process, not by model
+                    shape=tuple(variable.shape),
+                    dtype=str(variable.dtype),
+                    role=_role(layer, variable.name, layout),
+                    layout=layout,
+                    tied_to=None if tied == variable.path else tied,
+                    frozen=not variable.trainable,
+                    left="" if floating else f"left: {variable.dtype} is not a floating-point type",
+                )
+            )
+        return found
+
+    def followers(self, inputs: Any) -> Mapping[str, Follower]:
+        graph = WeightGraph(whole=True)
+        symbolic = self._symbolic(inputs)
+        if symbolic is None:
+            return {}
+        ends = _follow(graph, *symbolic, start=[graph.start()] * len(symbolic[0]), data=inputs)
+        graph.end(graph.join(ends))
+        return graph.followers()
+
+    def _symbolic(self, inputs: Any) -> tuple[list[Any], list[Any]] | None:
+        """Symbolic inputs and outputs: the model's own, or those of a call on placeholders shaped like ``inputs``."""
+        if getattr(self.model, "inputs", None) and getattr(self.model, "outputs", None):
+            return keras.tree.flatten(self.model.inputs), keras.tree.flatten(self.model.outputs)
+        if inputs is None:
+            return None
+        placeholders = keras.tree.map_structure(
+            lambda x: keras.Input(tuple(x.shape[1:]), dtype=keras.backend.standardize_dtype(x.dtype)), inputs
+        )
+        try:
+            outputs = self.model.call(placeholders)
+        except Exception:  # a call that needs real tensors cannot be followed: the default nonlinearity it is
+            return None
+        return keras.tree.flatten(placeholders), keras.tree.flatten(outputs)
+
+    def snapshot(self, name: str) -> Any:
+        return keras.ops.copy(self._variables[name].value)
+
+    def restore(self, name: str, saved: Any) -> None:
+        self._variables[name].assign(saved)
+
+    def write(self, name: str, values: Array) -> None:
+        variable = self._variables[name]
+        variable.assign(keras.ops.convert_to_tensor(values, dtype=variable.dtype))
+
+    def read(self, name: str) -> Array:
+        array: Array = keras.ops.convert_to_numpy(self._variables[name].value)
+        return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+
+    def seed(self, generator: Any) -> int:
+        if generator is not None:
+            raise TypeError(f"init_: generator must be None for a Keras model; got {generator!r}. Use seed=.")
+        state = random.Random()
+        state.setstate(random.getstate())
+        return state.getrandbits(62)
+
+
+def as_numpy_function(function: Callable[..., Any]) -> Callable[[Any], Any] | str:
+    """A Keras activation function, layer or operation as a NumPy function, or as a name of ``rules.ACTIVATIONS``."""
+    name = getattr(function, "__name__", "").replace("_", "")
+    if name in ACTIVATIONS and function is getattr(keras.activations, function.__name__, None):
+        return name
+    call = function.call if isinstance(function, keras.Operation) else function
+    return lambda u: keras.ops.convert_to_numpy(call(keras.ops.convert_to_tensor(u)))
+
+
+def _acts(function: Callable[[Any], Any] | str) -> bool:
+    return function != "linear" and (isinstance(function, str) or is_activation(function))
+
+
+def _owned_variables(model: keras.Model) -> Iterator[tuple[keras.Layer, Any]]:
+    """Every weight with the layer that owns it, in the model's order of layers."""
+    for layer in model._flatten_layers():
+        for variable in [*layer._trainable_variables, *layer._non_trainable_variables]:
+            yield layer, variable
+
+
+def _role(layer: keras.Layer, name: str, layout: Layout | None) -> str:
+    if layout is not None:
+        return base.WEIGHT
+    if isinstance(layer, _NORM):
+        return _ROLES.get(name, base.OTHER)
+    known = (layers.Dense, layers.EinsumDense, *_CONV, *_CONV_TRANSPOSED, *_DEPTHWISE, *_SEPARABLE)
+    is_bias = name == "bias" and (isinstance(layer, known) or type(layer).__name__ in GATES)
+    return base.BIAS if is_bias else base.OTHER
+
+
+def _follow(graph: WeightGraph, inputs: list[Any], outputs: list[Any], start: list[State], data: Any) -> list[State]:
+    """States of symbolic outputs, given those of the inputs; operations are met in the order of computation."""
+    states = {id(tensor): state for tensor, state in zip(inputs, start, strict=True)}
+    stack = list(outputs)
+    while stack:
+        tensor = stack[-1]
+        if id(tensor) in states:
+            stack.pop()
+            continue
+        operation, node_index, _ = tensor._keras_history
+        node = operation._inbound_nodes[node_index]
+        missing = [t for t in node.input_tensors if id(t) not in states]
+        if missing:
+            stack += missing
+            continue
+        given = [states[id(t)] for t in node.input_tensors]
+        moment = _input_moment(inputs, node.input_tensors, given, data)
+        results = _step(graph, operation, given, moment)
+        for k, output in enumerate(node.output_tensors):
+            states[id(output)] = results[k] if len(results) > 1 else results[0]
+    return [states[id(tensor)] for tensor in outputs]
+
+
+def _step(graph: WeightGraph, operation: Any, given: list[State], moment: float | None) -> list[State]:
+    state = graph.join(given)
+    if isinstance(operation, keras.Model) and getattr(operation, "inputs", None):
+        inner = [keras.tree.flatten(t) for t in (operation.inputs, operation.outputs)]
+        return _follow(graph, *inner, start=given, data=None)
+    if not isinstance(operation, keras.Layer):
+        return [_activate(graph, state, operation, operation) if len(given) == 1 else state]
+    weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]
+    if isinstance(operation, (*_ATTENTION, layers.RNN, layers.Bidirectional)):
+        # Gates and projections pass signals on almost linearly.
+        return [graph.activation(graph.weights(state, weights, moment), "linear", "linear")]
+    if isinstance(operation, _NORM):
+        return [graph.norm(state)]
+    if operation._layers:  # something composed by a user
+        return [graph.unknown(state)]
+    if not weights:
+        return [_activate(graph, state, operation, operation) if len(given) == 1 else state]
+    state = graph.weights(state, weights, moment)
+    return [_activate(graph, state, operation, operation.activation) if hasattr(operation, "activation") else state]
+
+
+def _activate(graph: WeightGraph, state: State, operation: Any, function: Callable[..., Any]) -> State:
+    if not state.pending:
+        return state
+    numpy_function = as_numpy_function(function)
+    if not _acts(numpy_function):
+        return state
+    name = getattr(function, "__name__", None) or type(operation).__name__
+    return graph.activation(state, name, numpy_function)
+
+
+def _input_moment(inputs: list[Any], tensors: list[Any], given: list[State], data: Any) -> float | None:
+    """E x² of what the data has become where no weight has met it yet; None without data or for indices."""
+    if data is None or any(s.pending or s.layers for s in given) or not keras.backend.is_float_dtype(tensors[0].dtype):
+        return None
+    values = keras.Function(inputs, tensors[0])(keras.tree.flatten(data))
+    return float(np.mean(np.square(keras.ops.convert_to_numpy(values), dtype=np.float64)))

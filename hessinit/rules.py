@@ -1,0 +1,293 @@
+"""The closed form: fans, gains, and the scale at which curvature neither grows nor fades with depth.
+
+Take the plain net ``z = W_L φ(W_{L-1} … φ(W_1 x))`` with widths ``n_0 … n_L`` and weights of standard deviation
+``σ_k``. The trace of layer k's block of the approximate Hessian (the generalized Gauss-Newton matrix) is in expectation
+
+    h_k = ‖x‖² · tr(D²_z ℓ) · ∏_{hidden i} n_i · ∏_{i<k} p_i · ∏_{i≥k} d_i · ∏_{j≠k} σ_j²
+
+with the moments ``p = E φ(u)² / E u²`` met forward and ``d = E φ'(u)²`` met backward. Each hidden width appears once;
+split evenly between its two neighbours it makes every layer neutral when
+
+    σ_k² = 1 / (g² · sqrt(fan_in · fan_out)),        g² = sqrt(p · d).
+
+He's rule is the case fan_out = fan_in; Glorot's takes the arithmetic mean of the fans.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+from scipy.optimize import brentq
+
+from hessinit.layout import Fans, Layout
+from hessinit.quadrature import Activation, kinks, moments
+
+FIRST_VARIANCE = 0.5
+"""Variance of the first pre-activations that the depth-aware gain assumes; see :func:`gain`."""
+
+SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
+
+ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda u: u,
+    "relu": lambda u: np.maximum(u, 0),
+    "relu6": lambda u: np.clip(u, 0, 6),
+    "elu": lambda u: np.where(u > 0, u, np.expm1(np.minimum(u, 0))),
+    "selu": lambda u: SELU_SCALE * np.where(u > 0, u, SELU_ALPHA * np.expm1(np.minimum(u, 0))),
+    "gelu": lambda u: u * special.ndtr(u),
+    "silu": lambda u: u * special.expit(u),
+    "mish": lambda u: u * np.tanh(np.logaddexp(0, u)),
+    "sigmoid": special.expit,
+    "hardsigmoid": lambda u: np.clip(u / 6 + 0.5, 0, 1),
+    "hardswish": lambda u: u * np.clip(u / 6 + 0.5, 0, 1),
+    "tanh": np.tanh,
+    "hardtanh": lambda u: np.clip(u, -1, 1),
+    "softplus": lambda u: np.logaddexp(0, u),
+    "softsign": lambda u: u / (1 + np.abs(u)),
+    "logsigmoid": special.log_expit,
+    "sin": np.sin,
+}
+_ALIASES = {"identity": "linear", "swish": "silu", "hardsilu": "hardswish"}
+NEGATIVE_SLOPE = 0.01
+
+
+def activation(nonlinearity: str | Activation, param: float | None = None) -> Activation:
+    """The activation of a name; a callable is its own.
+
+    Args:
+        nonlinearity: a vectorised function of one NumPy array, a key of ``ACTIVATIONS``, or ``"leaky_relu"``. Case,
+            ``_`` and ``-`` do not matter; ``identity``, ``swish`` and ``hard_silu`` are understood.
+        param: negative slope of ``"leaky_relu"``, default 0.01.
+
+    Raises:
+        ValueError: unknown name, or ``param`` for anything but ``"leaky_relu"``.
+        TypeError: neither a name nor callable.
+    """
+    if callable(nonlinearity):
+        name = None
+    elif isinstance(nonlinearity, str):
+        name = nonlinearity.lower().replace("_", "").replace("-", "")
+        name = _ALIASES.get(name, name)
+    else:
+        raise TypeError(f"gain: nonlinearity must be a name or a function of one array; got {nonlinearity!r}.")
+    if name == "leakyrelu":
+        slope = NEGATIVE_SLOPE if param is None else float(param)
+        return lambda u: np.where(u > 0, u, slope * u)
+    if param is not None:
+        raise ValueError(f"gain: param must be None unless nonlinearity is 'leaky_relu'; got {param!r}.")
+    if name is None:
+        return nonlinearity  # type: ignore[return-value]
+    if name not in ACTIVATIONS:
+        known = ", ".join(sorted([*ACTIVATIONS, "leaky_relu"]))
+        raise ValueError(
+            f"gain: nonlinearity must be one of {known}, or a function of one array; got {nonlinearity!r}."
+        )
+    return ACTIVATIONS[name]
+
+
+def gain(nonlinearity: str | Activation = "relu", param: float | None = None, *, depth: int | None = None) -> float:
+    """The g of the closed form: ``σ² = 1 / (g² sqrt(fan_in fan_out))``. It divides, where torch's gain multiplies.
+
+    One layer: ``g² = sqrt(E φ(u)² · E φ'(u)²)`` for ``u ~ N(0, 1)``, by quadrature.
+
+    A net of known depth: the variance q_k of the pre-activations moves with depth unless φ is homogeneous, and with it
+    the moments. The gain is then the one at which the growths of signal (forward) and slope (backward) cancel over the
+    whole net,
+
+        g⁴ = geometric mean over k = 1 … depth - 1 of  E φ(u_k)² / q_k · E φ'(u_k)²,      q_{k+1} = E φ(u_k)² / g²,
+
+    from ``q_1 = 1/2``. A gain for unit variance makes a deep tanh net chaotic and a deep GELU net fade. The start q_1
+    stands for inputs nobody has seen; 1/2 was the best of 1/4, 1/2 and 1 over raw and standardised images
+    (``paper_figures/fig_depth.py``). Homogeneous activations (linear, ReLU, leaky ReLU) have one gain for all depths.
+
+    Args:
+        nonlinearity: name or vectorised function, see :func:`activation`.
+        param: negative slope of ``"leaky_relu"``.
+        depth: number of weight layers in the chain, at least 1; None or 1 for the one-layer gain.
+
+    Returns:
+        g > 0.
+
+    Raises:
+        ValueError: unknown name, ``depth`` < 1, or an activation that cannot be integrated, is constant, or has no such
+            gain. TypeError: wrong type.
+
+    Cost: well under a millisecond for one layer, some milliseconds for a deep net.
+
+    Example:
+        >>> [round(gain(name) ** 2, 4) for name in ("linear", "relu", "tanh", "gelu", "silu")]
+        [1.0, 0.5, 0.4279, 0.4403, 0.3674]
+        >>> [round(gain("tanh", depth=depth) ** 2, 3) for depth in (3, 6, 20, 50)]
+        [0.574, 0.59, 0.649, 0.711]
+
+    References:
+        Skorski, Temperoni, Theobald, "Revisiting Weight Initialization of Deep Neural Networks", ACML 2021.
+        Poole et al., "Exponential expressivity in deep neural networks through transient chaos", NeurIPS 2016 (the
+        two recursions).
+    """
+    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or depth < 1):
+        raise ValueError(f"gain: depth must be a positive integer or None; got {depth!r}.")
+    function = activation(nonlinearity, param)
+    try:
+        probe = np.asarray(function(_SIGNATURE))
+        return _gain(_Known(probe.tobytes(), str(nonlinearity), function), int(depth or 1))
+    except ValueError as error:
+        raise ValueError(f"gain: nonlinearity must have a finite gain; got {nonlinearity!r}: {error}.") from error
+
+
+_SIGNATURE = np.random.default_rng(0).normal(size=64) * np.geomspace(0.1, 20, 64)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An activation that compares equal to another of the same values, so that equal layers share one quadrature."""
+
+    values: bytes
+    name: str = field(compare=False)
+    function: Activation = field(compare=False)
+
+    def moments(self, variance: float) -> tuple[float, float]:
+        return moments(self.function, variance, _kinks(self))
+
+
+@functools.lru_cache(maxsize=256)
+def _kinks(known: _Known) -> npt.NDArray[np.float64]:
+    return kinks(known.function)
+
+
+@functools.lru_cache(maxsize=256)
+def _gain(known: _Known, depth: int) -> float:
+    p, d = known.moments(1.0)
+    if p <= 1e-24 or d <= 1e-24:
+        raise ValueError("it does not vary")
+    if depth == 1:
+        return float((p * d) ** 0.25)
+
+    def excess(log_square: float) -> float:
+        """Mean log growth, forward and backward together, of one layer at ``g² = exp(log_square)``."""
+        total, variance = 0.0, FIRST_VARIANCE
+        for layer in range(depth - 1):
+            p, d = known.moments(variance)
+            growth = np.log(p / variance * d)
+            following = p * np.exp(-log_square)
+            if abs(following / variance - 1) < 1e-12:  # a fixed point: all further layers are alike
+                return float((total + growth * (depth - 1 - layer)) / (depth - 1) - 2 * log_square)
+            total, variance = total + growth, float(np.clip(following, 1e-12, 1e12))
+        return float(total / (depth - 1) - 2 * log_square)
+
+    centre = np.log(p * d) / 2
+    low, high = centre - 3.0, centre + 3.0
+    if excess(low) < 0 or excess(high) > 0:
+        raise ValueError(f"no scale keeps curvature level over {depth} layers")
+    return float(np.exp(brentq(excess, low, high, xtol=1e-10) / 2))
+
+
+def fans(shape: Sequence[int], layout: str | Layout = "oi...", *, groups: int = 1, stride: int = 1) -> Fans:
+    """Effective fans of a weight.
+
+    Args:
+        shape: of the weight.
+        layout: its axes, a string or a :class:`~hessinit.layout.Layout`; ``"oi..."`` is torch's order, ``"...io"`` that
+            of Keras. A transposed convolution needs a ``Layout(..., transposed=True)``.
+        groups: groups of a convolution whose axis is written ``(go)`` or ``(gi)``; only with a string.
+        stride: product of its strides; only with a string.
+
+    Example:
+        >>> fans((128, 784)), fans((784, 128), "...io"), fans((3, 3, 32, 1), "...go")  # the last one depthwise
+        (Fans(fan_in=784, fan_out=128), Fans(fan_in=784, fan_out=128), Fans(fan_in=9, fan_out=9))
+        >>> fans((64, 32, 4, 4), Layout("io...", stride=4, transposed=True))  # ConvTranspose2d(64, 32, 4, stride=2)
+        Fans(fan_in=256, fan_out=512)
+    """
+    if isinstance(layout, str):
+        layout = Layout(layout, groups=groups, stride=stride)
+    return layout.fans(shape)
+
+
+def curvature_neutral_std(fan_in: float, fan_out: float, gain: float) -> float:
+    """Standard deviation at which a layer neither adds to nor takes from curvature.
+
+    Args:
+        fan_in: connections into an output unit, > 0.
+        fan_out: connections out of an input unit, > 0.
+        gain: g of :func:`gain`, > 0.
+
+    Returns:
+        ``1 / (g (fan_in fan_out)^(1/4))``.
+
+    Raises:
+        ValueError: an argument is not a finite positive number.
+
+    Example:
+        >>> round(curvature_neutral_std(128, 128, gain("relu")) / np.sqrt(2 / 128), 9)  # He's, for a square layer
+        1.0
+    """
+    for name, value in (("fan_in", fan_in), ("fan_out", fan_out), ("gain", gain)):
+        if not np.isfinite(value) or value <= 0:
+            raise ValueError(f"curvature_neutral_std: {name} must be a finite positive number; got {value!r}.")
+    return float(1 / (gain * np.sqrt(np.sqrt(float(fan_in) * float(fan_out)))))
+
+
+def input_layer_std(fan_in: float, second_moment: float) -> float:
+    """Standard deviation of the first layer of a chain whose inputs are known.
+
+    It takes the inputs' scale out: the first pre-activations get variance ``FIRST_VARIANCE``, where the depth-aware
+    :func:`gain` starts. Without it, images standardised to unit variance saturate a tanh net and blow up a GELU net
+    (``paper_figures/fig_depth.py``).
+
+    Args:
+        fan_in: connections into an output unit.
+        second_moment: mean square of the inputs' entries, > 0.
+
+    Returns:
+        ``sqrt(FIRST_VARIANCE / (fan_in · second_moment))``.
+    """
+    return float(np.sqrt(FIRST_VARIANCE / (fan_in * second_moment)))
+
+
+def layer_curvatures(
+    widths: Sequence[int],
+    stds: Sequence[float],
+    nonlinearity: str | Activation = "relu",
+    *,
+    second_moment: float = 1.0,
+    loss_trace: float = 1.0,
+) -> npt.NDArray[np.float64]:
+    """Expected layer curvature ``h_k`` of a random plain net, the formula at the top of this module.
+
+    Exact in expectation for ReLU and linear nets with independent normal weights; for others the moments follow the
+    variance of the pre-activations from layer to layer, which is exact as widths grow.
+
+    Args:
+        widths: ``n_0 … n_L``.
+        stds: ``σ_1 … σ_L``.
+        nonlinearity: after every layer but the last.
+        second_moment: mean square of the inputs' entries.
+        loss_trace: ``tr(D²_z ℓ)``; 2 for the mean squared error, ``1 - Σ p²`` for cross-entropy.
+
+    Returns:
+        ``h_1 … h_L``.
+
+    Example:
+        >>> h = layer_curvatures([784, 128, 84, 10], [0.3, 0.3, 0.3])
+        >>> bool(np.allclose(h, h[0]))  # equal std, equal curvature, whatever the widths: Euler's identity for ReLU
+        True
+    """
+    if len(stds) != len(widths) - 1:
+        raise ValueError(f"layer_curvatures: stds must have one entry a layer ({len(widths) - 1}); got {len(stds)}.")
+    function = activation(nonlinearity)
+    at = kinks(function)
+    signal = [widths[0] * second_moment]  # ‖a_{k-1}‖²
+    slopes = []
+    for width, std in zip(widths[1:-1], stds[:-1], strict=True):
+        p, d = moments(function, std**2 * signal[-1], at)
+        signal.append(width * p)
+        slopes.append(d)
+    backward = [loss_trace]  # ‖R ∂z/∂u_k‖², from the last layer down
+    for width, d, std in zip(widths[-2:0:-1], slopes[::-1], stds[:0:-1], strict=True):
+        backward.append(backward[-1] * std**2 * width * d)
+    return np.array(signal) * np.array(backward[::-1])
