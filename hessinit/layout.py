@@ -105,7 +105,7 @@ class Layout:
 
     def fans(self, shape: Sequence[int]) -> Fans:
         """Effective fans of a weight of this shape."""
-        size = {letter: 1 for letter in "iokgv"}
+        size = dict.fromkeys("iokgv", 1)
         for axis in self.expand(shape):
             size[axis.letter] *= axis.size
         fan_in, fan_out = size["i"] * size["k"], size["o"] * size["k"]

@@ -64,8 +64,8 @@ def init_(
 ) -> Any:
     """Sets every weight of a model to the closed form's curvature-neutral scale.
 
-    Each weight gets standard deviation ``1 / (g (fan_in fan_out)^(1/4))`` (:mod:`hessinit.rules`), with the gain g of the
-    activation that follows it and of the depth of the chain of layers that it belongs to. Biases become zero, norm
+    Each weight gets standard deviation ``1 / (g (fan_in fan_out)^(1/4))`` (:mod:`hessinit.rules`), with the gain g of
+    the activation that follows it and of the depth of the chain of layers that it belongs to. Biases become zero, norm
     layers one and zero. The activation and the depth are read from module order in ``nn.Sequential`` and from the graph
     of a Keras ``Sequential`` or functional model; for any other model from one traced forward pass if ``batch`` is
     given, and else ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain also takes the scale of the

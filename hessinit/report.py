@@ -78,7 +78,9 @@ class Report:
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         touched = sum(row.touched for row in self.rows)
         table.insert(1, "-" * len(table[0]))
-        table.append(f"{touched} of {len(self.rows)} parameters set; distribution {self.distribution}, seed {self.seed}")
+        table.append(
+            f"{touched} of {len(self.rows)} parameters set; distribution {self.distribution}, seed {self.seed}"
+        )
         return "\n".join(line.rstrip() for line in table)
 
 

@@ -1,0 +1,1 @@
+"""The comparison: data, networks, initializers, training, tables and pictures."""

@@ -71,7 +71,8 @@ class Network(Protocol):
 
     def followers(self, inputs: Any) -> Mapping[str, Follower]:
         """What follows each weight, by name, as far as it is known: from module order, or from one traced forward
-        pass where ``inputs`` is not None. Changes nothing in the model."""
+        pass where ``inputs`` is not None. Changes nothing in the model.
+        """
 
     def snapshot(self, name: str) -> Any:
         """A copy of a parameter, for :meth:`restore`."""

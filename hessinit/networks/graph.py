@@ -16,8 +16,8 @@ _GRID = np.sort(np.random.default_rng(0).uniform(-3.0, 3.0, 33))
 def is_activation(function: Callable[[Any], Any]) -> bool:
     """Whether a NumPy function acts on each entry alone, and not linearly.
 
-    It is asked for its values on a few numbers, on the same reversed, and on a part of them: softmax, norms, pooling and
-    reshapes give themselves away; dropout in evaluation mode is linear.
+    It is asked for its values on a few numbers, on the same reversed, and on a part of them: softmax, norms, pooling
+    and reshapes give themselves away; dropout in evaluation mode is linear.
     """
     try:
         with warnings.catch_warnings():

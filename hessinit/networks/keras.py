@@ -106,7 +106,8 @@ class KerasNetwork:
         symbolic = self._symbolic(inputs)
         if symbolic is None:
             return {}
-        ends = _follow(graph, *symbolic, start=[graph.start()] * len(symbolic[0]), data=inputs)
+        starts, outputs = symbolic
+        ends = _follow(graph, starts, outputs, start=[graph.start()] * len(starts), data=inputs)
         graph.end(graph.join(ends))
         return graph.followers()
 
@@ -203,8 +204,8 @@ def _follow(graph: WeightGraph, inputs: list[Any], outputs: list[Any], start: li
 def _step(graph: WeightGraph, operation: Any, given: list[State], moment: float | None) -> list[State]:
     state = graph.join(given)
     if isinstance(operation, keras.Model) and getattr(operation, "inputs", None):
-        inner = [keras.tree.flatten(t) for t in (operation.inputs, operation.outputs)]
-        return _follow(graph, *inner, start=given, data=None)
+        inputs, outputs = (keras.tree.flatten(t) for t in (operation.inputs, operation.outputs))
+        return _follow(graph, inputs, outputs, start=given, data=None)
     if not isinstance(operation, keras.Layer):
         return [_activate(graph, state, operation, operation) if len(given) == 1 else state]
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]

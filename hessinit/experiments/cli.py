@@ -1,0 +1,147 @@
+"""The command line: ``hessinit compare``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from hessinit.experiments.sweep import Summary
+
+app = typer.Typer(
+    add_completion=False,
+    help="Initial weights of neural networks from the curvature of their loss.",
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps ``compare`` a subcommand."""
+
+
+@app.command()
+def compare(
+    initializers: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated names; default: the rows of the slides' Figure 4 and the closed form."),
+    ] = None,
+    activation: Annotated[str | None, typer.Option(help="relu, tanh, gelu or silu, comma-separated.")] = None,
+    problem: Annotated[str, typer.Option(help="mlp: 784-128-84-10.")] = "mlp",
+    optimizer: Annotated[str, typer.Option(help="sgd.")] = "sgd",
+    lr: Annotated[str, typer.Option(help="Learning rates, comma-separated.")] = "0.01",
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over the train set.")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 64,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="auto (the full set if on disk, else the subset), fashion_mnist, fashion_mnist_mini, an .npz file."
+        ),
+    ] = "auto",
+    framework: Annotated[str, typer.Option(help="torch or keras (backend: KERAS_BACKEND).")] = "torch",
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder of runs.csv, curves.csv and curves.png.")] = Path("runs"),
+) -> None:
+    """Trains the same net from each initializer, over seeds, and prints what became of it.
+
+    A stopped command, given again, goes on where it was.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from hessinit.experiments import data, plots
+    from hessinit.experiments.sweep import Plan, Store, rows_of, summaries, sweep
+
+    if jobs < 1:
+        raise ValueError(f"compare: jobs must be at least 1; got {jobs}.")
+    plan = Plan(
+        rows=rows_of(initializers, activation, framework),
+        lrs=_numbers(lr),
+        seeds=seeds,
+        epochs=epochs,
+        batch_size=batch_size,
+        problem=problem,
+        optimizer=optimizer,
+        framework=framework,
+    )
+    store = Store(out)
+    loaded = data.load(dataset)
+    console = Console()
+    size = f"{len(loaded.x_train):,} train and {len(loaded.x_test):,} test images"
+    console.print(f"{loaded.name} from {loaded.source}: {size}", highlight=False)
+    total = len(list(plan.runs(loaded.name)))
+    done = len(store.rows_for(plan.runs(loaded.name)))
+    if done:
+        console.print(f"{done} of {total} runs found in {out}", highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=total, completed=done)
+        runs = sweep(plan, loaded, store, jobs, lambda run, result: bar.advance(task))
+    console.print(_table(summaries(store.rows_for(runs))))
+    plots.loss_curves(
+        store.points_for(runs), out / "curves.png", f"784-128-84-10 on {loaded.name}, {optimizer}, {framework}"
+    )
+    console.print(f"Wrote {out / 'runs.csv'}, {out / 'curves.csv'} and {out / 'curves.png'}", highlight=False)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"compare: lr must be numbers separated by commas; got {text!r}.") from None
+
+
+def _table(lines: list[Summary]) -> object:
+    from rich import box
+    from rich.table import Table
+
+    from hessinit.experiments.baselines import INITIALIZERS
+
+    table = Table("initializer", box=box.SIMPLE_HEAD)
+    for head in ("lr", "train loss", "test accuracy", "seconds", "seeds"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for line in lines:
+        note = f" ({line.diverged} diverged)" if line.diverged else ""
+        table.add_row(
+            f"{INITIALIZERS[line.initializer].label}, {line.activation}",
+            f"{line.lr:g}",
+            f"{line.train_loss[0]:.3f} ± {line.train_loss[1]:.3f}",
+            f"{line.test_accuracy[0]:.3f} ± {line.test_accuracy[1]:.3f}",
+            f"{line.seconds:.1f}",
+            f"{line.seeds}{note}",
+        )
+    return table
+
+
+def main() -> None:
+    """Runs the command line: exit code 2 and one line for bad input, 130 for an interruption."""
+    try:
+        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
+        print("hessinit: stopped; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, FileNotFoundError) as error:
+        message = str(error)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a refusal of typer's own, whichever click it carries, has it
+            raise
+        message = str(error.format_message())
+    print(f"hessinit: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,263 @@
+"""Many runs: planned, trained, and kept in two CSV files that are whole at any moment."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hessinit.experiments import models
+from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
+from hessinit.experiments.data import Dataset
+from hessinit.experiments.training import Result, Run, train
+
+KEYS = [field.name for field in fields(Run)]
+COLUMNS = [*KEYS, *(field.name for field in fields(Result) if field.name != "curve")]
+CURVE_COLUMNS = [*KEYS, "step", "loss"]
+FRAMEWORKS = ("torch", "keras")
+OPTIMIZERS = ("sgd",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid of runs: every initializer row at every learning rate and seed.
+
+    Args:
+        rows: pairs (initializer, activation).
+        lrs: learning rates.
+        seeds: seeds 0 … seeds - 1.
+        epochs: passes over the train set.
+        batch_size: samples a step.
+        problem: a key of ``models.HIDDEN``.
+        optimizer: one of ``OPTIMIZERS``.
+        framework: one of ``FRAMEWORKS``.
+
+    Raises:
+        ValueError: an unknown name, a learning rate or a count that is not positive, or an initializer that the
+            framework does not have.
+    """
+
+    rows: Sequence[tuple[str, str]] = DEFAULT_ROWS
+    lrs: Sequence[float] = (0.01,)
+    seeds: int = 3
+    epochs: int = 2
+    batch_size: int = 64
+    problem: str = "mlp"
+    optimizer: str = "sgd"
+    framework: str = "torch"
+
+    def __post_init__(self) -> None:
+        _one_of("problem", self.problem, models.HIDDEN)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("framework", self.framework, FRAMEWORKS)
+        for initializer, activation in self.rows:
+            _one_of("initializers", initializer, INITIALIZERS)
+            _one_of("activation", activation, models.ACTIVATIONS)
+            if getattr(INITIALIZERS[initializer], self.framework) is None:
+                have = [name for name, one in INITIALIZERS.items() if getattr(one, self.framework) is not None]
+                raise ValueError(
+                    f"compare: initializers must be of {self.framework}: {', '.join(have)}; got {initializer!r}."
+                )
+        for lr in self.lrs:
+            if not (math.isfinite(lr) and lr > 0):
+                raise ValueError(f"compare: lr must be finite and greater than 0; got {lr!r}.")
+        for name in ("seeds", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"compare: {name.replace('_', '-')} must be at least 1; got {getattr(self, name)!r}.")
+
+    def runs(self, dataset: str) -> Iterator[Run]:
+        """Every run; seeds vary slowest, so that all rows are there after one seed."""
+        for seed, lr, (initializer, activation) in itertools.product(range(self.seeds), self.lrs, self.rows):
+            yield Run(
+                self.problem,
+                self.framework,
+                dataset,
+                initializer,
+                activation,
+                self.optimizer,
+                lr,
+                self.epochs,
+                self.batch_size,
+                seed,
+            )
+
+
+def rows_of(initializers: str | None, activation: str | None, framework: str) -> Sequence[tuple[str, str]]:
+    """Rows from comma-separated names; without names the default rows, of which a framework runs those it has."""
+    if initializers is None:
+        allowed = None if activation is None else activation.split(",")
+        default = "keras_default" if framework == "keras" else "torch_default"
+        rows = [(default if name == "torch_default" else name, act) for name, act in DEFAULT_ROWS]
+        return [row for row in rows if allowed is None or row[1] in allowed]
+    return list(itertools.product(initializers.split(","), (activation or "relu").split(",")))
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"compare: {name} must be one of {', '.join(allowed)}; got {value!r}.")
+
+
+class Store:
+    """``runs.csv`` (a row a run) and ``curves.csv`` of one folder, replaced as a whole after each run.
+
+    Raises:
+        ValueError: the folder cannot be made or written, or holds other files of these names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / ".writable", "")
+            (folder / ".writable").unlink()
+        except OSError as error:
+            raise ValueError(
+                f"compare: out must be a folder that can be written; got {str(folder)!r} ({error.strerror})."
+            ) from error
+        self.rows = self._load("runs.csv", COLUMNS)
+        done = {_key(row) for row in self.rows}
+        self.points = [point for point in self._load("curves.csv", CURVE_COLUMNS) if _key(point) in done]
+
+    def has(self, run: Run) -> bool:
+        """Whether the run is done."""
+        return _key(asdict(run)) in {_key(row) for row in self.rows}
+
+    def rows_for(self, runs: Iterable[Run]) -> list[dict[str, str]]:
+        """The rows of these runs, in their order, as written."""
+        by_key = {_key(row): row for row in self.rows}
+        return [by_key[key] for key in (_key(asdict(run)) for run in runs) if key in by_key]
+
+    def points_for(self, runs: Iterable[Run]) -> list[dict[str, str]]:
+        """The points of the curves of these runs."""
+        keys = {_key(asdict(run)) for run in runs}
+        return [point for point in self.points if _key(point) in keys]
+
+    def add(self, run: Run, result: Result) -> None:
+        """Writes one run: its curve first, so that a row in ``runs.csv`` always has one."""
+        key = {name: str(value) for name, value in asdict(run).items()}
+        self.points += [{**key, "step": str(step), "loss": f"{loss:.6g}"} for step, loss in result.curve]
+        self.rows.append({**key, **{name: _text(value) for name, value in result.row().items()}})
+        _replace(self.folder / "curves.csv", _csv(CURVE_COLUMNS, self.points))
+        _replace(self.folder / "runs.csv", _csv(COLUMNS, self.rows))
+
+    def _load(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
+        path = self.folder / name
+        if not path.exists():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if list(reader.fieldnames or []) != list(columns):
+                raise ValueError(
+                    f"compare: out must be a folder of this command; got {str(path)!r} with other columns. "
+                    "Name another folder."
+                )
+            return list(reader)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEYS)
+
+
+def _text(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _csv(columns: Sequence[str], rows: Iterable[dict[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _replace(path: Path, content: str) -> None:
+    """Writes a file so that at any moment the old or the new one is whole."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def sweep(
+    plan: Plan, data: Dataset, store: Store, jobs: int = 1, on_run: Callable[[Run, Result], object] | None = None
+) -> list[Run]:
+    """Trains the runs of a plan that are not in the store yet, and stores each as it ends.
+
+    Args:
+        plan: what to train.
+        data: on what.
+        store: where results are kept; runs found there are not trained again.
+        jobs: processes, through joblib.
+        on_run: called after each run.
+
+    Returns:
+        All runs of the plan.
+    """
+    from joblib import Parallel, delayed
+
+    runs = list(plan.runs(data.name))
+    missing = [run for run in runs if not store.has(run)]
+    if jobs == 1 or len(missing) < 2:
+        results: Iterable[tuple[Run, Result]] = ((run, train(run, data)) for run in missing)
+    else:
+        results = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_one)(run, data) for run in missing)
+    for run, result in results:
+        store.add(run, result)
+        if on_run is not None:
+            on_run(run, result)
+    return runs
+
+
+def _one(run: Run, data: Dataset) -> tuple[Run, Result]:
+    return run, train(run, data)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of the final table: an initializer at one learning rate, over seeds.
+
+    Means with the sample standard deviation (NaN for one seed); a diverged run counts as it is.
+    """
+
+    initializer: str
+    activation: str
+    lr: float
+    seeds: int
+    train_loss: tuple[float, float]
+    last_fifth_loss: tuple[float, float]
+    test_accuracy: tuple[float, float]
+    seconds: float
+    diverged: int
+
+
+def summaries(rows: Sequence[dict[str, str]]) -> list[Summary]:
+    """Rows of ``runs.csv`` by initializer, activation and learning rate, in the order met."""
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["initializer"], row["activation"], row["lr"]), []).append(row)
+
+    def spread(group: list[dict[str, str]], column: str) -> tuple[float, float]:
+        import numpy as np
+
+        values = np.array([float(row[column]) for row in group])
+        return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else math.nan
+
+    return [
+        Summary(
+            initializer,
+            activation,
+            float(lr),
+            len(group),
+            spread(group, "train_loss"),
+            spread(group, "last_fifth_loss"),
+            spread(group, "test_accuracy"),
+            spread(group, "seconds")[0],
+            sum(row["status"] != "ok" for row in group),
+        )
+        for (initializer, activation, lr), group in groups.items()
+    ]
