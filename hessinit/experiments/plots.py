@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ from hessinit.experiments.baselines import INITIALIZERS
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 # Okabe & Ito (2008), readable by the colour-blind.
 COLOURS = {
@@ -76,3 +80,36 @@ def _band(axes: Axes, curve: dict[int, list[float]], colour: str, style: str, la
     axes.fill_between(
         steps, [v.min() for v in losses], [v.max() for v in losses], color=colour, alpha=0.15, linewidth=0
     )
+
+
+def figure_script(
+    stem: Path, compute: Callable[[], Iterable[dict[str, Any]]], draw: Callable[[DataFrame], Figure]
+) -> None:
+    """The command line of a script in ``paper_figures``: draws its CSV; with ``--recompute`` makes the CSV first.
+
+    Args:
+        stem: path of the CSV, the PNG and the PDF, without suffix.
+        compute: yields the rows, one a seed, layer and setting; written as they come, so that a long run shows.
+        draw: the figure of the table.
+    """
+    import argparse
+
+    import pandas as pd
+
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--recompute", action="store_true", help="run the work instead of reading the CSV")
+    table = stem.with_suffix(".csv")
+    if parser.parse_args().recompute:
+        partial = stem.with_suffix(".csv.part")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer: csv.DictWriter[str] | None = None
+            for row in compute():
+                if writer is None:
+                    writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                    writer.writeheader()
+                writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+                file.flush()
+        os.replace(partial, table)
+    made = draw(pd.read_csv(table))
+    made.savefig(stem.with_suffix(".png"), dpi=150)
+    made.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})

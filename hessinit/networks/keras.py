@@ -211,7 +211,7 @@ def _step(graph: WeightGraph, operation: Any, given: list[State], moment: float 
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]
     if isinstance(operation, (*_ATTENTION, layers.RNN, layers.Bidirectional)):
         # Gates and projections pass signals on almost linearly.
-        return [graph.activation(graph.weights(state, weights, moment), "linear", "linear")]
+        return [graph.activation(graph.weights(state, weights, moment), "gates", "linear")]
     if isinstance(operation, _NORM):
         return [graph.norm(state)]
     if operation._layers:  # something composed by a user

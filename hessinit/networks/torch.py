@@ -201,7 +201,7 @@ def _module_order(model: nn.Module, names: Mapping[int, str]) -> Mapping[str, Fo
             if weights:
                 state = graph.weights(state, weights)
                 if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
-                    state = graph.activation(state, "linear", "linear")
+                    state = graph.activation(state, "gates", "linear")
             elif any(True for _ in module.children()):
                 state = graph.unknown(state)
             elif isinstance(module, _NORM):
@@ -248,7 +248,7 @@ class _Tracer(TorchFunctionMode):
             moment = None if states else self._input_moment(given)
             state = self.graph.weights(self.graph.join(states), weights, moment)
             if name in _GATED_FUNCTIONS:
-                state = self.graph.activation(state, "linear", "linear")
+                state = self.graph.activation(state, "gates", "linear")
         elif self.inside or not states:
             return result
         else:
