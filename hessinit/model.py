@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -112,22 +113,23 @@ def init_(
     rules.gain(nonlinearity)
     network = wrap(model, "init_")
     inputs = _inputs(batch)
-    network.prepare(inputs)
+    with _forward_errors(inputs):
+        network.prepare(inputs)
     parameters = network.parameters()
-    chosen = _choose(parameters, include, exclude)
+    left = _left_alone(parameters, include, exclude)
     seed = _seed(network, generator, seed)
-    followers = network.followers(inputs)
+    with _forward_errors(inputs):
+        followers = network.followers(inputs)
+    if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
+        raise ValueError("init_: batch must be finite; got NaN or infinity in the inputs.")
     assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", nonlinearity)
     rows: dict[str, Row] = {}
     saved: dict[str, Any] = {}
     try:
         for parameter in parameters:
             name = parameter.name
-            if name in chosen:
-                rows[name] = _left(parameter, chosen[name])
-                continue
-            if parameter.tied_to is not None:
-                rows[name] = _left(parameter, f"tied to {parameter.tied_to}")
+            if name in left:
+                rows[name] = _row(parameter, touched=False, note=left[name])
                 continue
             saved[name] = network.snapshot(name)
             rows[name] = _set(network, parameter, followers.get(name, assumed), distribution, seed)
@@ -145,7 +147,7 @@ def _set(network: Network, parameter: Parameter, follower: Follower, distributio
         value = 1.0 if parameter.role == NORM_SCALE else 0.0
         network.write(parameter.name, np.full(parameter.shape, value, np.float32))
         return _row(parameter, touched=True, note=f"set to {value:g}")
-    assert parameter.layout is not None  # of every weight that is chosen, see _choose
+    assert parameter.layout is not None  # of every weight that is chosen, see _left_alone
     fans = parameter.layout.fans(parameter.shape)
     gain = rules.gain(follower.function, depth=follower.depth)
     std, note = _std(fans, gain, follower)
@@ -184,11 +186,21 @@ def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:
     return Row(name=p.name, shape=p.shape, dtype=p.dtype, role=p.role, touched=touched, note=note, **numbers)
 
 
-def _left(parameter: Parameter, why: str) -> Row:
-    return _row(parameter, touched=False, note=why)
+@contextlib.contextmanager
+def _forward_errors(inputs: Any) -> Iterator[None]:
+    """Says of an error in a forward pass which argument it comes from."""
+    try:
+        yield
+    except Exception as error:
+        if inputs is None:
+            raise
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"init_: batch must be inputs that the model accepts; its forward pass failed ({what})."
+        ) from error
 
 
-def _choose(parameters: Sequence[Parameter], include: Globs | None, exclude: Globs | None) -> Mapping[str, str]:
+def _left_alone(parameters: Sequence[Parameter], include: Globs | None, exclude: Globs | None) -> Mapping[str, str]:
     """The parameters that stay as they are, with the reason."""
     named = _matches(parameters, include, "include")
     barred = _matches(parameters, exclude, "exclude") or set()
@@ -196,6 +208,8 @@ def _choose(parameters: Sequence[Parameter], include: Globs | None, exclude: Glo
     for p in parameters:
         if p.left:
             left[p.name] = p.left
+        elif p.tied_to is not None:
+            left[p.name] = f"tied to {p.tied_to}"
         elif p.name in barred:
             left[p.name] = "left: excluded"
         elif named is not None and p.name not in named:

@@ -224,8 +224,8 @@ def curvature_neutral_std(fan_in: float, fan_out: float, gain: float) -> float:
         ValueError: an argument is not a finite positive number.
 
     Example:
-        >>> round(curvature_neutral_std(128, 128, gain("relu")) / np.sqrt(2 / 128), 9)  # He's, for a square layer
-        1.0
+        >>> round(curvature_neutral_std(128, 128, gain("relu")), 9)  # He's sqrt(2/128), for a square layer
+        0.125
     """
     for name, value in (("fan_in", fan_in), ("fan_out", fan_out), ("gain", gain)):
         if not np.isfinite(value) or value <= 0:

@@ -90,7 +90,8 @@ def _train_torch(run: Run, data: Dataset) -> Result:
     import torch
     from torch.nn.functional import cross_entropy
 
-    importlib.import_module("hessinit.networks.torch")  # so that the first run's init_seconds hold no import
+    for module in ("hessinit.model", "hessinit.networks.torch"):
+        importlib.import_module(module)  # so that the first run's init_seconds hold no import
     x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
     initialise = baselines.INITIALIZERS[run.initializer].torch
     assert initialise is not None  # checked when the sweep is planned

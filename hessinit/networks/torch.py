@@ -285,19 +285,24 @@ def _trace(model: nn.Module, inputs: Any, names: Mapping[int, str]) -> Mapping[s
     graph = WeightGraph(whole=True)
     tracer = _Tracer(graph, names)
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     hooks = []
     try:
         for module, _ in modes:
             module.training = False
             if _is_activation_module(module):
                 hooks += [module.register_forward_pre_hook(tracer.enter), module.register_forward_hook(tracer.leave)]
-        with torch.no_grad(), torch.random.fork_rng(), tracer:
+        with torch.no_grad(), torch.random.fork_rng(devices), tracer:
             outputs = _call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
     ends = [tracer.states[t] for t in _flatten(outputs) if isinstance(t, torch.Tensor) and t in tracer.states]
     graph.end(graph.join(ends))
     return graph.followers()

@@ -1,0 +1,107 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from hessinit.draw import LAWS, TRUNCATION, check_distribution, draw, stream
+from hessinit.layout import Layout
+
+N = 200  # a law test sees N x N entries
+
+CDF = {
+    "normal": stats.norm(0, 1).cdf,
+    "uniform": stats.uniform(-math.sqrt(3), 2 * math.sqrt(3)).cdf,
+    "truncated_normal": (lambda t: stats.truncnorm(-TRUNCATION, TRUNCATION, scale=1 / t.std()).cdf)(
+        stats.truncnorm(-TRUNCATION, TRUNCATION)
+    ),
+}
+
+
+def sample(distribution, std, seed=0, dtype=np.float32):
+    return draw((N, N), Layout("oi"), std, distribution, np.random.default_rng(seed), dtype)
+
+
+@pytest.mark.parametrize("distribution", sorted(CDF))
+def test_law_is_the_stated_one(distribution):
+    w = sample(distribution, 0.3).ravel() / 0.3
+    assert stats.kstest(w, CDF[distribution]).pvalue > 1e-3
+    assert stats.kstest(w * 1.1, CDF[distribution]).pvalue < 1e-6  # the twin: a std 10 % off is rejected
+
+
+@pytest.mark.parametrize("distribution", sorted(LAWS))
+def test_std_is_the_one_asked_for(distribution):
+    w = sample(distribution, 0.3).astype(np.float64)
+    kurtosis = np.mean(w**4) / np.mean(w**2) ** 2
+    error = 0.3 * math.sqrt((kurtosis - 1) / 4 / w.size)  # standard error of a root mean square
+    rms = math.sqrt(np.mean(w**2))
+    assert abs(rms - 0.3) < 4 * error
+    assert abs(1.1 * rms - 0.3) > 4 * error
+    assert abs(w.mean()) < 4 * 0.3 / N
+    if distribution == "orthogonal":
+        assert rms == pytest.approx(0.3, rel=1e-6)
+
+
+def test_truncated_normal_stays_within_its_bounds():
+    w = sample("truncated_normal", 1.0)
+    bound = TRUNCATION / stats.truncnorm(-TRUNCATION, TRUNCATION).std()
+    assert 0.99 * bound < np.abs(w).max() <= bound * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((64, 32), Layout("oi")),
+        ((32, 64), Layout("oi")),
+        ((8, 4, 3, 3), Layout("oi...")),
+        ((3, 3, 4, 8), Layout("...io")),
+        ((12, 5), Layout("(go)i", groups=3)),
+        ((3, 3, 6, 2), Layout("...go")),
+        ((5, 2, 3), Layout("igo")),
+    ],
+)
+def test_orthogonal_blocks_are_semi_orthogonal(shape, layout):
+    std = 0.5
+    w = draw(shape, layout, std, "orthogonal", np.random.default_rng(0), np.float64)
+    (g, o, i), sorted_shape, back = layout.blocks(shape)
+    unpacked = w.reshape([a.size for a in layout.expand(shape)])
+    blocks = unpacked.transpose(np.argsort(back)).reshape(g, o, i)
+    assert sorted_shape == unpacked.transpose(np.argsort(back)).shape
+    for block in blocks:
+        gram = block @ block.T if o <= i else block.T @ block
+        assert gram == pytest.approx(std**2 * max(o, i) * np.eye(min(o, i)), abs=1e-12)
+    if g > 1:
+        assert not np.allclose(blocks[0], blocks[1])
+
+
+def test_orthogonal_is_uniform_over_rotations():
+    """Traces of Haar orthogonal matrices have mean 0 and variance 1; QR without the sign fix has a negative mean."""
+    rng = np.random.default_rng(0)
+    traces = [np.trace(draw((8, 8), Layout("oi"), 8**-0.5, "orthogonal", rng)) for _ in range(2000)]
+    assert abs(np.mean(traces)) < 4 / math.sqrt(2000)
+    raw = [np.trace(np.linalg.qr(rng.standard_normal((8, 8)))[0]) for _ in range(2000)]
+    assert abs(np.mean(raw)) > 4 / math.sqrt(2000)
+
+
+@pytest.mark.parametrize("distribution", sorted(LAWS))
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 4)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_shape_dtype_and_seed(distribution, shape, dtype):
+    one, two, other = (
+        draw(shape, Layout("oi"), 1.0, distribution, np.random.default_rng(s), dtype) for s in (1, 1, 2)
+    )
+    assert one.shape == shape
+    assert one.dtype == dtype
+    assert np.array_equal(one, two)
+    assert one.size == 0 or not np.array_equal(one, other)
+
+
+def test_streams_differ_by_seed_and_by_name():
+    draws = {stream(*key).integers(2**62) for key in [(0,), (1,), (0, "a"), (0, "b"), (0, "a", 1), (10, "a")]}
+    assert len(draws) == 6
+    assert stream(3, "a").integers(2**62) == stream(3, "a").integers(2**62)
+
+
+def test_unknown_distribution_is_named():
+    with pytest.raises(ValueError, match="f: distribution must be one of orthogonal, normal.*; got 'cauchy'"):
+        check_distribution("cauchy", "f")

@@ -1,0 +1,376 @@
+"""``init_`` on PyTorch models."""
+
+import copy
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hessinit
+from hessinit import rules
+from hessinit.networks import torch as adapter
+
+
+def mlp(activation=nn.ReLU, widths=(20, 16, 12, 5)):
+    modules = [m for n, k in zip(widths, widths[1:], strict=False) for m in (nn.Linear(n, k), activation())]
+    return nn.Sequential(*modules[:-1])
+
+
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+class Functional(nn.Module):
+    """Everything that only a traced forward can see."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, stride=2), nn.Conv2d(8, 8, 3, groups=4)
+        self.norm = nn.BatchNorm2d(8)
+        self.fc1, self.fc2, self.out = nn.Linear(8 * 4 * 4, 30), nn.Linear(30, 30), nn.Linear(30, 4)
+        self.swish, self.drop = Swish(), nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = F.max_pool2d(torch.tanh(self.conv1(x)), 1)
+        x = torch.relu_(self.norm(self.conv2(x)))
+        x = self.drop(self.swish(self.fc1(x.flatten(1))))
+        x = F.leaky_relu(self.fc2(x), 0.2) + x
+        return self.out(x)
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_returns_the_model_with_every_weight_at_the_neutral_scale():
+    net = mlp()
+    returned, report = hessinit.init_(net, seed=0, return_report=True)
+    assert returned is net
+    for module in net:
+        if isinstance(module, nn.Linear):
+            std = rules.curvature_neutral_std(module.in_features, module.out_features, rules.gain("relu"))
+            assert module.weight.square().mean().sqrt().item() == pytest.approx(std, rel=1e-5)
+            assert (module.bias == 0).all()
+    assert hessinit.init_(net, seed=0) is net
+    assert [row.name for row in report] == list(dict(net.named_parameters()))
+    assert all(row.touched for row in report)
+
+
+@pytest.mark.parametrize("distribution", ["orthogonal", "normal", "truncated_normal", "uniform"])
+def test_distributions_have_the_scale_asked_for(distribution):
+    net = hessinit.init_(mlp(widths=(300, 200, 10)), distribution=distribution, seed=0)
+    w = net[0].weight
+    assert w.std().item() == pytest.approx(rules.curvature_neutral_std(300, 200, 0.5**0.5), rel=0.02)
+    gram = w @ w.T / w.square().sum() * 200
+    assert torch.allclose(gram, torch.eye(200), atol=1e-4) == (distribution == "orthogonal")
+
+
+def test_activation_and_depth_come_from_module_order():
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(6, 5), nn.Dropout(), Swish()),
+        nn.Linear(5, 5),
+        nn.PReLU(init=0.5),
+        nn.Linear(5, 5),
+        nn.Linear(5, 5),
+        nn.BatchNorm1d(5),
+        nn.Tanh(),
+        nn.Linear(5, 3),
+        nn.LogSoftmax(-1),
+    )
+    _, report = hessinit.init_(net, return_report=True)
+    found = {row.name: (row.activation, row.depth) for row in report if row.role == "weight"}
+    assert found == {
+        "1.0.weight": ("Swish", 4),
+        "2.weight": ("PReLU", 4),
+        "4.weight": ("linear", 4),
+        "5.weight": ("Tanh", 4),
+        "8.weight": ("linear", 1),
+    }
+    assert report["1.0.weight"].gain == pytest.approx(rules.gain("silu", depth=4))
+    assert report["2.weight"].gain ** 2 == pytest.approx((1 + 0.25) / 2)
+    assert report["4.weight"].gain == pytest.approx(1)
+    assert report["3.weight"].note == "left: no rule for it"  # PReLU's slope
+
+
+def test_the_output_layer_shares_the_gain_of_its_chain():
+    _, report = hessinit.init_(mlp(nn.Tanh), return_report=True)
+    gains = {row.gain for row in report if row.role == "weight"}
+    assert gains == {rules.gain("tanh", depth=3)}
+
+
+def test_a_traced_forward_sees_functions_modules_norms_and_branches():
+    net = Functional()
+    _, report = hessinit.init_(net, torch.randn(7, 3, 14, 14), return_report=True)
+    found = {row.name: (row.activation, row.depth) for row in report if row.role == "weight"}
+    assert found == {
+        "conv1.weight": ("tanh", 2),
+        "conv2.weight": ("relu", 2),
+        "fc1.weight": ("Swish", 3),
+        "fc2.weight": ("leaky_relu", 3),
+        "out.weight": ("leaky_relu", 3),
+    }
+    assert report["fc2.weight"].gain ** 2 == pytest.approx((1 + 0.2**2) / 2)
+    assert (report["conv2.weight"].fan_in, report["conv2.weight"].fan_out) == (18, 18)
+    assert report["conv1.weight"].fan_out == 8 * 9 / 4
+
+
+def test_without_inputs_the_default_nonlinearity_is_assumed_and_said():
+    _, report = hessinit.init_(Functional(), nonlinearity="gelu", return_report=True)
+    assert {row.activation for row in report if row.role == "weight"} == {"gelu (assumed)"}
+    assert report["fc1.weight"].gain == rules.gain("gelu")
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 255.0])
+def test_known_inputs_are_brought_to_the_stated_variance(scale):
+    torch.manual_seed(0)
+    x = scale * torch.randn(500, 100)
+    net = hessinit.init_(mlp(nn.Tanh, (100, 400, 400, 5)), (x, torch.zeros(500)), seed=0)
+    assert net[0](x).var().item() == pytest.approx(rules.INPUT_VARIANCE, rel=0.05)
+    assert net[2].weight.std().item() == pytest.approx(
+        rules.curvature_neutral_std(400, 400, rules.gain("tanh", depth=3)), rel=1e-2
+    )
+
+
+def test_zero_inputs_and_normalised_first_layers_keep_the_closed_form():
+    plain = hessinit.init_(mlp(), seed=0)
+    assert same(state(plain), state(hessinit.init_(mlp(), torch.zeros(3, 20), seed=0)))
+    net = nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    other = copy.deepcopy(net)
+    x = 100 * torch.randn(8, 20)
+    assert torch.equal(hessinit.init_(net, seed=0)[0].weight, hessinit.init_(other, x, seed=0)[0].weight)
+
+
+def test_seed_generator_and_global_state():
+    one = state(hessinit.init_(mlp(), seed=3))
+    torch.manual_seed(99)
+    assert same(one, state(hessinit.init_(mlp(), seed=3)))
+    assert not same(one, state(hessinit.init_(mlp(), seed=4)))
+    drawn = state(hessinit.init_(mlp(), generator=torch.Generator().manual_seed(1)))
+    assert same(drawn, state(hessinit.init_(mlp(), generator=torch.Generator().manual_seed(1))))
+    net = mlp()
+    torch.manual_seed(5)
+    five = state(hessinit.init_(net))
+    torch.manual_seed(6)
+    assert not same(five, state(hessinit.init_(net)))
+    torch.manual_seed(5)
+    assert same(five, state(hessinit.init_(net)))
+
+
+def test_weights_of_a_layer_do_not_depend_on_the_others():
+    big, small = mlp(widths=(20, 16, 12, 5)), mlp(widths=(20, 16, 5))
+    assert torch.equal(hessinit.init_(big, seed=0)[0].weight, hessinit.init_(small, seed=0)[0].weight)
+    assert torch.equal(
+        hessinit.init_(mlp(), seed=0)[4].weight, hessinit.init_(mlp(), seed=0, exclude="0.*")[4].weight
+    )
+
+
+def test_equal_layers_get_different_weights():
+    layer = nn.Linear(6, 6)
+    net = hessinit.init_(nn.Sequential(*(copy.deepcopy(layer) for _ in range(3))), seed=0)
+    assert not torch.equal(net[0].weight, net[1].weight)
+
+
+def test_nothing_but_the_parameters_changes():
+    net = Functional().train()
+    net.norm.eval()
+    net(torch.randn(4, 3, 14, 14)).sum().backward()
+    net.fc1.weight.requires_grad_(False)
+    grads = {n: p.grad.clone() for n, p in net.named_parameters()}
+    buffers = {n: b.clone() for n, b in net.named_buffers()}
+    modes = [m.training for m in net.modules()]
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()]
+    random = torch.get_rng_state(), np.random.get_state()[1].copy()
+    identities = [id(p) for p in net.parameters()]
+    frozen = net.fc1.weight.clone()
+    _, report = hessinit.init_(net, torch.randn(7, 3, 14, 14, generator=torch.Generator()), return_report=True)
+    assert modes == [m.training for m in net.modules()]
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()]
+    assert all(torch.equal(grads[n], p.grad) for n, p in net.named_parameters())
+    assert all(torch.equal(buffers[n], b) for n, b in net.named_buffers())
+    assert torch.equal(random[0], torch.get_rng_state())
+    assert np.array_equal(random[1], np.random.get_state()[1])
+    assert identities == [id(p) for p in net.parameters()]
+    assert torch.equal(frozen, net.fc1.weight)
+    assert report["fc1.weight"].note == "left: frozen"
+
+
+def test_a_forward_that_writes_its_buffers_leaves_them_as_they_were():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.fc(x)
+
+    net = hessinit.init_(Counts(), torch.randn(2, 3))
+    assert net.calls == 0
+
+
+def test_include_exclude_and_frozen():
+    net = mlp()
+    net[2].weight.requires_grad_(False)
+    before = state(net)
+    _, report = hessinit.init_(net, include=["2.*", "4.weight"], exclude="*.bias", seed=0, return_report=True)
+    changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"2.weight", "4.weight"}  # a frozen weight that include names is set
+    assert not net[2].weight.requires_grad
+    assert report["0.weight"].note == "left: not included"
+    assert report["2.bias"].note == "left: excluded"
+
+
+def test_tied_weights_are_set_once_and_stay_tied():
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    net[2].weight = net[0].weight
+    _, report = hessinit.init_(net, seed=0, return_report=True)
+    assert net[2].weight is net[0].weight
+    assert report["2.weight"].note == "tied to 0.weight"
+    assert not report["2.weight"].touched
+
+
+def test_embeddings_attention_and_recurrent_layers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(50, 16, padding_idx=3)
+            self.block = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", batch_first=True)
+            self.lstm = nn.LSTM(16, 8, num_layers=2, bidirectional=True)
+            self.head = nn.Linear(16, 7)
+
+        def forward(self, ids):
+            return self.head(self.lstm(self.block(self.embed(ids)))[0])
+
+    net = Net()
+    _, report = hessinit.init_(net, torch.randint(0, 50, (4, 9)), seed=0, return_report=True)
+    assert all(row.touched for row in report)
+    assert (net.embed.weight[3] == 0).all()
+    assert (report["embed.weight"].fan_in, report["embed.weight"].fan_out) == (1, 16)
+    packed = report["block.self_attn.in_proj_weight"]
+    assert (packed.fan_in, packed.fan_out, packed.activation) == (16, 16, "gates")
+    assert report["block.linear1.weight"].activation == "gelu"
+    gates = report["lstm.weight_ih_l0"]
+    assert gates.gain == pytest.approx(1)
+    assert (gates.shape, gates.fan_in, gates.fan_out) == ((32, 16), 16, 8)
+    recurrent = net.lstm.weight_hh_l0.view(4, 8, 8)
+    assert torch.allclose(recurrent @ recurrent.mT, torch.eye(8).expand(4, 8, 8), atol=1e-5)
+
+
+def test_lazy_meta_and_quantised_parameters_are_reported():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
+    _, report = hessinit.init_(lazy, return_report=True)
+    assert all("not materialised" in row.note for row in report)
+    _, report = hessinit.init_(lazy, torch.randn(3, 5), return_report=True)
+    assert all(row.touched for row in report)
+    assert report["0.weight"].shape == (4, 5)
+    with torch.device("meta"):
+        meta = mlp()
+    _, report = hessinit.init_(meta, return_report=True)
+    assert all(row.note == "left: on the meta device" for row in report)
+    real = meta.to_empty(device="cpu")
+    assert all(row.touched for row in hessinit.init_(real, return_report=True)[1])
+    weights = nn.ParameterList([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))])
+    _, report = hessinit.init_(weights, return_report=True)
+    assert report["0"].note == "left: complex64 is not a real floating-point type"
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    _, report = hessinit.init_(normed, return_report=True)
+    assert [r.note for r in report if "parametrizations" in r.name] == ["left: parametrized"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions(dtype):
+    net = hessinit.init_(mlp().to(dtype), torch.randn(4, 20, dtype=dtype), seed=0)
+    single = hessinit.init_(mlp(), torch.randn(4, 20), seed=0)
+    assert net[2].weight.dtype == dtype
+    if dtype != torch.float64:
+        assert torch.equal(net[2].weight, single[2].weight.to(dtype))
+
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        raise RuntimeError("no such thing\nsecond line")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: hessinit.init_(3), TypeError, "model must be a torch.nn.Module or a keras.Model; got int"),
+        (lambda: hessinit.init_(mlp(), distribution="cauchy"), ValueError, "distribution must be one of"),
+        (lambda: hessinit.init_(mlp(), nonlinearity="swosh"), ValueError, "got 'swosh'"),
+        (lambda: hessinit.init_(mlp(), include="nope*"), ValueError, "include must match a parameter; 'nope.*0.weight"),
+        (lambda: hessinit.init_(mlp(), exclude=[3]), TypeError, "exclude must be name globs; got 3"),
+        (lambda: hessinit.init_(mlp(), seed=0.5), TypeError, "seed must be an integer or None; got 0.5"),
+        (lambda: hessinit.init_(mlp(), seed=0, generator=torch.Generator()), ValueError, "must not both be given"),
+        (lambda: hessinit.init_(mlp(), generator=3), TypeError, "generator must be a torch.Generator or None; got 3"),
+        (lambda: hessinit.init_(mlp(), torch.full((2, 20), math.nan)), ValueError, "batch must be finite"),
+        (lambda: hessinit.init_(mlp(), torch.zeros(2, 7)), ValueError, "batch must be inputs that the model accepts"),
+        (lambda: hessinit.init_(Stubborn(), torch.zeros(2, 3)), ValueError, r"RuntimeError: no such thing\)"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, error, message):
+    with pytest.raises(error, match=f"^(init_|gain): .*{message}"):
+        call()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_an_error_or_interruption_restores_every_tensor(monkeypatch, error, at):
+    net = mlp()
+    before = state(net)
+    write, writes = adapter.TorchNetwork.write, []
+
+    def failing(self, name, values):
+        writes.append(name)
+        if len(writes) > at:
+            write(self, name, values * math.nan)  # half-written, then
+            raise error("stop")
+        write(self, name, values)
+
+    monkeypatch.setattr(adapter.TorchNetwork, "write", failing)
+    with pytest.raises(error):
+        hessinit.init_(net, seed=0)
+    assert len(writes) == at + 1
+    assert same(before, state(net))
+
+
+def test_the_report_prints_and_saves_every_row(tmp_path):
+    net = mlp()
+    _, report = hessinit.init_(net, seed=7, return_report=True)
+    text = str(report)
+    assert text.splitlines()[-1] == "6 of 6 parameters set; distribution orthogonal, seed 7"
+    assert all(name in text for name, _ in net.named_parameters())
+    report.to_csv(tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [row.name for row in report]
+    assert float(rows[0]["std"]) == report["0.weight"].std
+    with pytest.raises(KeyError):
+        report["nope"]
+    assert len(report) == 6
+
+
+def test_one_call_makes_a_deep_net_trainable_in_one_line():
+    """A 20-layer tanh net: the signal and its slope keep their size, where torch's default loses both."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 128)
+    grads = []
+    for initialise in (hessinit.init_, lambda net: net):
+        net = initialise(mlp(nn.Tanh, (128,) * 21))
+        net(x).square().mean().backward()
+        grads.append(net[0].weight.grad.norm().item())
+    assert grads[0] > 1e3 * grads[1]
