@@ -41,7 +41,7 @@ class HessianInit(keras.initializers.Initializer):
         layout: axes of the kernel, see :class:`hessinit.layout.Layout`, for layers of your own. Default: the layer's.
         seed: integer that decides everything; None: a random one. One instance draws fresh weights at every call, and
             the sequence of draws is a function of the seed. Copies that Keras makes for the parts of one layer
-            (query, key, value) differ by the part's name.
+            (query, key, value) differ by the part's name; a copy made from the config starts the sequence anew.
 
     Raises:
         TypeError: wrong type. ValueError: unknown nonlinearity, ``gain`` <= 0, a layout that does not fit.

@@ -13,7 +13,9 @@ def layer_curvatures(model: nn.Module, x: torch.Tensor, loss_hessian: torch.Tens
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.ndim > 1}
     totals = dict.fromkeys(parameters, 0.0)
     for sample in x:
-        jacobians = torch.func.jacrev(lambda p, s=sample: torch.func.functional_call(model, p, (s[None],))[0])(parameters)
+        jacobians = torch.func.jacrev(lambda p, s=sample: torch.func.functional_call(model, p, (s[None],))[0])(
+            parameters
+        )
         for name, jacobian in jacobians.items():
             j = jacobian.flatten(1)  # (outputs, parameters)
             totals[name] += float(torch.trace(j.T @ loss_hessian @ j)) / len(x)

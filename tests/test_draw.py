@@ -87,9 +87,7 @@ def test_orthogonal_is_uniform_over_rotations():
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 4)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_shape_dtype_and_seed(distribution, shape, dtype):
-    one, two, other = (
-        draw(shape, Layout("oi"), 1.0, distribution, np.random.default_rng(s), dtype) for s in (1, 1, 2)
-    )
+    one, two, other = (draw(shape, Layout("oi"), 1.0, distribution, np.random.default_rng(s), dtype) for s in (1, 1, 2))
     assert one.shape == shape
     assert one.dtype == dtype
     assert np.array_equal(one, two)

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import itertools
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ from hessinit.networks import torch as adapter
 
 
 def mlp(activation=nn.ReLU, widths=(20, 16, 12, 5)):
-    modules = [m for n, k in zip(widths, widths[1:], strict=False) for m in (nn.Linear(n, k), activation())]
+    modules = [m for n, k in itertools.pairwise(widths) for m in (nn.Linear(n, k), activation())]
     return nn.Sequential(*modules[:-1])
 
 
@@ -169,9 +170,7 @@ def test_seed_generator_and_global_state():
 def test_weights_of_a_layer_do_not_depend_on_the_others():
     big, small = mlp(widths=(20, 16, 12, 5)), mlp(widths=(20, 16, 5))
     assert torch.equal(hessinit.init_(big, seed=0)[0].weight, hessinit.init_(small, seed=0)[0].weight)
-    assert torch.equal(
-        hessinit.init_(mlp(), seed=0)[4].weight, hessinit.init_(mlp(), seed=0, exclude="0.*")[4].weight
-    )
+    assert torch.equal(hessinit.init_(mlp(), seed=0)[4].weight, hessinit.init_(mlp(), seed=0, exclude="0.*")[4].weight)
 
 
 def test_equal_layers_get_different_weights():

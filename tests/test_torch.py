@@ -123,7 +123,14 @@ def test_bad_input_is_named_and_nothing_is_written(fill, tensor, keywords, error
 
 @pytest.mark.parametrize(
     ("nonlinearity", "name"),
-    [(nn.GELU(), "gelu"), (F.silu, "silu"), (torch.tanh, "tanh"), (nn.ReLU6(), "relu6"), (np.tanh, "tanh"), (nn.Mish(), "mish")],
+    [
+        (nn.GELU(), "gelu"),
+        (F.silu, "silu"),
+        (torch.tanh, "tanh"),
+        (nn.ReLU6(), "relu6"),
+        (np.tanh, "tanh"),
+        (nn.Mish(), "mish"),
+    ],
 )
 def test_calculate_gain_takes_modules_and_functions(nonlinearity, name):
     assert ht.calculate_gain(nonlinearity) == pytest.approx(rules.gain(name), rel=1e-9)

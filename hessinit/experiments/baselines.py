@@ -148,7 +148,7 @@ INITIALIZERS: dict[str, Initializer] = {
         "orthogonal, torch's gain", SAXE, _each_layer(_orthogonal_gain), _keras_orthogonal_gain
     ),
     "slides": Initializer("slides' 0.3", "Skorski, 2021", _each_layer(_slides), _keras_slides),
-    "closed_form": Initializer("hessinit closed form", "this package", _closed_form, _keras_closed_form),
+    "closed_form": Initializer("closed form", "this package", _closed_form, _keras_closed_form),
 }
 
 # The five rows of the slides' Figure 4 (the last one truly ReLU), torch's default, and the closed form.

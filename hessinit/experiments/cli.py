@@ -133,7 +133,10 @@ def _table(lines: list[Summary]) -> object:
 def main() -> None:
     """Runs the command line: exit code 2 and one line for bad input, 130 for an interruption."""
     try:
-        sys.exit(app(args=sys.argv[1:] or ["--help"], standalone_mode=False))
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code != 130:  # typer's word for an interruption
+            sys.exit(code)
+        raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         print("hessinit: stopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(130)

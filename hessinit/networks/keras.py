@@ -225,6 +225,8 @@ def _step(graph: WeightGraph, operation: Any, given: list[State], moment: float 
 def _activate(graph: WeightGraph, state: State, operation: Any, function: Callable[..., Any]) -> State:
     if not state.pending:
         return state
+    if isinstance(function, layers.Activation):
+        function = function.activation
     numpy_function = as_numpy_function(function)
     if not _acts(numpy_function):
         return state

@@ -1,0 +1,320 @@
+"""The comparison: baselines, training, the store, the command."""
+
+import csv
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hessinit import rules
+from hessinit.experiments import data, models, plots, sweep, training
+from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
+from hessinit.experiments.sweep import Plan, Store, summaries
+
+MINI = data.load("fashion_mnist_mini")
+FIRST = data.Dataset("first", "here", MINI.x_train[:640], MINI.y_train[:640], MINI.x_test[:100], MINI.y_test[:100])
+RUN = training.Run("mlp", "torch", "first", "he_normal", "relu", "sgd", 0.1, 2, 64, 0)
+
+
+def run(**changed):
+    return training.Run(**{**vars(RUN), **changed})
+
+
+# what the source of each initializer states of its weights (fan_in n, fan_out m, layer k)
+STATED = {
+    "torch_default": lambda n, m, k: math.sqrt(1 / (3 * n)),
+    "keras_default": lambda n, m, k: math.sqrt(2 / (n + m)),
+    "he_normal": lambda n, m, k: math.sqrt(2 / n),
+    "he_uniform": lambda n, m, k: math.sqrt(2 / n),
+    "glorot_normal": lambda n, m, k: math.sqrt(2 / (n + m)),
+    "glorot_uniform": lambda n, m, k: math.sqrt(2 / (n + m)),
+    "lecun_normal": lambda n, m, k: math.sqrt(1 / n),
+    "orthogonal": lambda n, m, k: math.sqrt(1 / max(n, m)),
+    "orthogonal_gain": lambda n, m, k: math.sqrt(2 / max(n, m)),
+    "slides": lambda n, m, k: math.sqrt(2 / (n + m)) if k == 0 else 0.3 * 0.8796,
+    "closed_form": lambda n, m, k: rules.curvature_neutral_std(n, m, rules.gain("relu")),
+}
+WIDTHS = [784, 128, 84, 10]
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_baselines_have_the_scale_that_their_source_states(name):
+    generator = torch.Generator().manual_seed(0)
+    net = models.torch_mlp(WIDTHS, "relu")
+    INITIALIZERS[name].torch(net, "relu", generator)
+    layers = [m for m in net if isinstance(m, nn.Linear)]
+    for k, (layer, (n, m)) in enumerate(zip(layers, itertools.pairwise(WIDTHS), strict=True)):
+        assert layer.weight.square().mean().sqrt().item() == pytest.approx(STATED[name](n, m, k), rel=0.08)
+        assert bool((layer.bias == 0).all()) == (name != "torch_default")
+
+
+@pytest.mark.parametrize("name", [name for name, one in INITIALIZERS.items() if one.keras])
+def test_keras_baselines_have_the_same_scale(name):
+    initializers = [INITIALIZERS[name].keras(k, "relu", 3, 0) for k in range(3)]
+    net = models.keras_mlp(WIDTHS, "relu", initializers)
+    for k, (layer, (n, m)) in enumerate(zip(net.layers, itertools.pairwise(WIDTHS), strict=True)):
+        std = float(np.sqrt(np.mean(np.square(np.asarray(layer.get_weights()[0])))))
+        assert std == pytest.approx(STATED[name](n, m, k), rel=0.08)
+
+
+def test_the_default_rows_are_those_of_the_slides_and_ours():
+    assert len(DEFAULT_ROWS) == 8
+    assert ("orthogonal", "relu") in DEFAULT_ROWS
+    assert {initializer for initializer, _ in DEFAULT_ROWS} <= set(INITIALIZERS)
+
+
+def test_a_run_is_plain_sgd_with_reshuffled_batches():
+    """The same loop, written out."""
+    result = training.train(RUN, FIRST)
+    net = models.torch_mlp(WIDTHS, "relu")
+    INITIALIZERS["he_normal"].torch(net, "relu", torch.Generator().manual_seed(0))
+    rng = np.random.default_rng([0, 0])
+    x, y = torch.from_numpy(FIRST.x_train), torch.from_numpy(FIRST.y_train)
+    losses = []
+    for _ in range(2):
+        order = rng.permutation(640)
+        for start in range(0, 640, 64):
+            batch = order[start : start + 64]
+            loss = nn.functional.cross_entropy(net(x[batch]), y[batch])
+            gradients = torch.autograd.grad(loss, list(net.parameters()))
+            with torch.no_grad():
+                for p, g in zip(net.parameters(), gradients, strict=True):
+                    p -= 0.1 * g
+            losses.append(loss.item())
+    assert result.status == "ok"
+    assert result.train_loss == pytest.approx(nn.functional.cross_entropy(net(x), y).item(), rel=1e-4)
+    assert result.last_fifth_loss == pytest.approx(np.mean(losses[-2:]), rel=1e-4)
+    assert result.curve == ((20, pytest.approx(np.mean(losses), rel=1e-4)),)
+    assert 0 < result.init_seconds < result.seconds
+    assert 0.2 < result.test_accuracy <= 1
+
+
+def test_runs_repeat_and_seeds_matter():
+    one, two, other = (training.train(run(seed=s), FIRST).train_loss for s in (1, 1, 2))
+    assert one == two != other
+
+
+def test_torch_and_keras_agree():
+    """Same net, scale and batches; the spread of one seed is what differs."""
+    losses = {
+        framework: [
+            training.train(run(framework=framework, initializer="closed_form", lr=0.05, seed=s), FIRST).train_loss
+            for s in range(3)
+        ]
+        for framework in ("torch", "keras")
+    }
+    spread = max(np.std(v, ddof=1) for v in losses.values())
+    assert abs(np.mean(losses["torch"]) - np.mean(losses["keras"])) < 4 * spread
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_a_diverged_run_is_a_row(framework):
+    result = training.train(run(framework=framework, lr=1e12), FIRST)
+    assert result.status.startswith("diverged at step ")
+    assert math.isnan(result.last_fifth_loss)
+
+
+def test_the_store_resumes_and_drops_curves_without_a_row(tmp_path):
+    plan = Plan(rows=[("he_normal", "relu"), ("closed_form", "tanh")], seeds=2, epochs=3)
+    seen = []
+    runs = sweep.sweep(plan, FIRST, Store(tmp_path), on_run=lambda run, result: seen.append(run))
+    assert seen == runs == list(plan.runs("first"))
+    again = Store(tmp_path)
+    assert sweep.sweep(plan, FIRST, again, on_run=seen.append) == runs
+    assert len(seen) == 4
+    rows = again.rows_for(runs)
+    assert [row["initializer"] for row in rows] == ["he_normal", "closed_form"] * 2
+    assert {"problem", "framework", "dataset", "lr", "epochs", "seed", "train_loss", "last_fifth_loss"} <= set(rows[0])
+    assert {"test_accuracy", "init_seconds", "seconds", "status", "optimizer", "activation"} <= set(rows[0])
+    with (tmp_path / "curves.csv").open() as file:
+        points = list(csv.DictReader(file))
+    assert len(points) == 4  # 30 steps, a point every 20
+    lines = (tmp_path / "runs.csv").read_text().splitlines()
+    (tmp_path / "runs.csv").write_text("\n".join(lines[:-1]) + "\n")  # as if stopped before the last row
+    half = Store(tmp_path)
+    assert len(half.points) == 3
+    more = []
+    sweep.sweep(plan, FIRST, half, on_run=lambda run, result: more.append(run))
+    assert more == [runs[-1]]
+    # the same but for the times
+    strip = [",".join(line.split(",")[:-3]) for line in (tmp_path / "runs.csv").read_text().splitlines()]
+    assert strip == [",".join(line.split(",")[:-3]) for line in lines]
+
+
+def test_processes_give_the_same_results(tmp_path):
+    plan = Plan(rows=[("he_normal", "relu"), ("orthogonal", "relu")], epochs=1, seeds=2)
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    runs = sweep.sweep(plan, FIRST, one)
+    sweep.sweep(plan, FIRST, two, jobs=2)
+    losses = [[row["train_loss"] for row in store.rows_for(runs)] for store in (one, two)]
+    assert losses[0] == losses[1]
+
+
+def test_summaries_are_means_and_sample_deviations():
+    base = {"initializer": "a", "activation": "relu", "lr": "0.1", "seconds": "2", "test_accuracy": "0.5"}
+    rows = [
+        {**base, "train_loss": str(v), "last_fifth_loss": str(v), "status": s}
+        for v, s in [(1.0, "ok"), (2.0, "ok"), (6.0, "diverged at step 3")]
+    ]
+    (line,) = summaries(rows)
+    assert line.train_loss == pytest.approx((3.0, math.sqrt(7)))
+    assert (line.seeds, line.diverged, line.seconds) == (3, 1, 2.0)
+    assert math.isnan(summaries(rows[:1])[0].train_loss[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": [("nope", "relu")]}, "initializers must be one of torch_default.*closed_form; got 'nope'"),
+        ({"rows": [("he_normal", "nope")]}, "activation must be one of relu, tanh, gelu, silu; got 'nope'"),
+        ({"problem": "nope"}, "problem must be one of mlp; got 'nope'"),
+        ({"optimizer": "nope"}, "optimizer must be one of sgd"),
+        ({"framework": "nope"}, "framework must be one of torch, keras"),
+        ({"framework": "keras"}, "initializers must be of keras: keras_default.*; got 'torch_default'"),
+        ({"lrs": [0.0]}, "lr must be finite and greater than 0; got 0.0"),
+        ({"lrs": [math.nan]}, "lr must be"),
+        ({"seeds": 0}, "seeds must be at least 1; got 0"),
+        ({"batch_size": -1}, "batch-size must be at least 1; got -1"),
+    ],
+)
+def test_bad_plans_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(**arguments)
+
+
+def test_the_picture_has_a_line_for_each_row(tmp_path, monkeypatch):
+    drawn = []
+    band = plots._band
+    monkeypatch.setattr(plots, "_band", lambda *a: drawn.append(a[4]) or band(*a))
+    key = {"activation": "relu", "lr": "0.1", "seed": "0"}
+    points = [
+        {**key, "initializer": name, "step": str(step), "loss": str(1 / step)}
+        for name in INITIALIZERS
+        for step in (20, 40)
+    ]
+    plots.loss_curves(points, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert drawn == [f"{one.label}, relu" for one in INITIALIZERS.values()]
+
+
+def command(*arguments, **keywords):
+    code = "from hessinit.experiments.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, **keywords
+    )
+
+
+SHORT = ("compare", "--dataset", "fashion_mnist_mini", "--epochs", "1", "--initializers", "he_normal,closed_form")
+
+
+def test_the_command_prints_a_table_and_writes_three_files(tmp_path):
+    done = command(*SHORT, "--seeds", "2", "--lr", "0.01,0.1", "--out", str(tmp_path / "a" / "b"))
+    assert done.returncode == 0, done.stderr
+    assert "fashion_mnist_mini from the package: 6,000 train" in done.stdout
+    assert "closed form, relu" in done.stdout
+    with (tmp_path / "a" / "b" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {row["status"] for row in rows} == {"ok"}
+    loss = {
+        (name, lr): np.mean([float(r["train_loss"]) for r in rows if (r["initializer"], r["lr"]) == (name, lr)])
+        for name in ("he_normal", "closed_form")
+        for lr in ("0.01", "0.1")
+    }
+    assert loss["closed_form", "0.01"] < loss["he_normal", "0.01"] - 0.1
+    assert f"{loss['closed_form', '0.01']:.3f} ±" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["curves.csv", "curves.png", "runs.csv"]
+
+
+def test_keras_default_rows_run_through_the_command(tmp_path):
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    np.savez(
+        tmp_path / "few.npz",
+        **{
+            k: v[:128]
+            for k, v in zip(("x_train", "y_train", "x_test", "y_test"), data.read_npz(data.MINI), strict=True)
+        },
+    )
+    arguments = ("compare", "--framework", "keras", "--dataset", str(tmp_path / "few.npz"), "--seeds", "1")
+    done = command(*arguments, "--epochs", "1", "--out", str(tmp_path / "out"), env=environment)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "runs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--initializers", "nope"], "initializers must be one of torch_default"),
+        (["--lr", "0"], "lr must be finite and greater than 0; got 0.0"),
+        (["--lr", "fast"], "lr must be numbers separated by commas; got 'fast'"),
+        (["--seeds", "many"], "--seeds"),
+        (["--jobs", "0"], "jobs must be at least 1; got 0"),
+        (["--dataset", "mnist"], "dataset must be one of auto"),
+        (["--out", "/dev/null/x"], "out must be a folder that can be written"),
+        (["--nope"], "--nope"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(tmp_path, arguments, message):
+    done = command("compare", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("hessinit: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+def test_bad_data_is_one_line_and_exit_code_two(tmp_path):
+    raw = dict(zip(("x_train", "y_train", "x_test", "y_test"), data.read_npz(data.MINI), strict=True))
+    np.savez(tmp_path / "nan.npz", **{**raw, "x_train": np.full((6000, 784), np.nan)})
+    np.savez(tmp_path / "labels.npz", **{**raw, "y_train": raw["y_train"] + 5})
+    for name, message in (("nan", "must be finite"), ("labels", "must be integers 0 … 9")):
+        done = command("compare", "--dataset", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "out"))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert message in done.stderr
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
+    done = command(*SHORT, "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "with other columns" in done.stderr
+    assert (tmp_path / "runs.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_an_interruption_leaves_whole_files_and_the_command_goes_on(tmp_path):
+    code = "from hessinit.experiments.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *SHORT, "--seeds", "40", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "curves.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "hessinit: stopped; the same command goes on from here."
+    store = Store(tmp_path)
+    assert 0 < len(store.rows) < 80
+    assert all(len(row) == len(sweep.COLUMNS) and row["status"] == "ok" for row in store.rows)
+    seeds = math.ceil(len(store.rows) / 2)
+    done = command(*SHORT, "--seeds", str(seeds), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"of {2 * seeds} runs found in" in done.stdout.replace("\n", " ")
+
+
+def test_help_names_the_command():
+    done = command()
+    assert done.returncode == 0
+    assert "compare" in done.stdout
