@@ -80,7 +80,8 @@ def init_(
         batch: inputs, or a pair of inputs and targets, of which the closed form reads the inputs; a dict for keyword
             inputs. Any number of samples; one forward pass is made. Default: none.
         distribution: ``"orthogonal"`` (default), ``"normal"``, ``"truncated_normal"`` or ``"uniform"``.
-        nonlinearity: name or function, for weights whose activation is not known; default ``"relu"``.
+        nonlinearity: a name, or a function of NumPy arrays or of the framework's tensors, for weights whose
+            activation is not known; default ``"relu"``.
         generator: torch models: a ``torch.Generator`` that decides everything.
         seed: an integer that decides everything, for any model. With neither, the weights follow the framework's
             global random state (``torch.manual_seed``, ``keras.utils.set_random_seed``) without advancing it, so two
@@ -110,8 +111,9 @@ def init_(
         "Revisiting Weight Initialization of Deep Neural Networks", ACML 2021.
     """
     check_distribution(distribution, "init_")
-    rules.gain(nonlinearity)
     network = wrap(model, "init_")
+    function = network.nonlinearity(nonlinearity)
+    rules.gain(function)
     inputs = _inputs(batch)
     with _forward_errors(inputs):
         network.prepare(inputs)
@@ -122,7 +124,7 @@ def init_(
         followers = network.followers(inputs)
     if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
         raise ValueError("init_: batch must be finite; got NaN or infinity in the inputs.")
-    assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", nonlinearity)
+    assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", function)
     rows: dict[str, Row] = {}
     saved: dict[str, Any] = {}
     try:

@@ -137,7 +137,7 @@ def gain(nonlinearity: str | Activation = "relu", param: float | None = None, *,
     try:
         probe = np.asarray(function(_SIGNATURE))
         return _gain(_Known(probe.tobytes(), str(nonlinearity), function), int(depth or 1))
-    except ValueError as error:
+    except Exception as error:  # of any kind: the function is the caller's
         raise ValueError(f"gain: nonlinearity must have a finite gain; got {nonlinearity!r}: {error}.") from error
 
 

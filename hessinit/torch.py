@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hessinit import rules
 from hessinit.draw import draw, stream
 from hessinit.layout import Layout
-from hessinit.networks.torch import as_numpy_function, draw_seed
+from hessinit.networks.torch import draw_seed, numpy_nonlinearity
 
 __all__ = [
     "Layout",
@@ -48,20 +48,7 @@ def calculate_gain(nonlinearity: Nonlinearity, param: float | None = None, *, de
         >>> round(calculate_gain("relu") ** 2, 9), round(calculate_gain(nn.ReLU()) ** 2, 9)
         (0.5, 0.5)
     """
-    return rules.gain(_numpy(nonlinearity), param, depth=depth)
-
-
-def _numpy(nonlinearity: Nonlinearity) -> Nonlinearity:
-    """A torch function as one of NumPy arrays; names and NumPy functions are themselves."""
-    if isinstance(nonlinearity, str) or not callable(nonlinearity):
-        return nonlinearity
-    if isinstance(nonlinearity, nn.Module):
-        return as_numpy_function(nonlinearity)
-    try:
-        takes_arrays = isinstance(nonlinearity(np.zeros(1)), np.ndarray)
-    except Exception:  # a torch function refuses arrays in its own ways
-        takes_arrays = False
-    return nonlinearity if takes_arrays else as_numpy_function(nonlinearity)
+    return rules.gain(numpy_nonlinearity(nonlinearity), param, depth=depth)
 
 
 def _fill_(
@@ -71,8 +58,8 @@ def _fill_(
     nonlinearity: Nonlinearity,
     gain: float | None,
     layout: str | Layout,
-    depth: int | None,
     generator: torch.Generator | None,
+    depth: int | None,
 ) -> Tensor:
     """What the four public functions share."""
     if not isinstance(tensor, Tensor):
@@ -87,7 +74,7 @@ def _fill_(
     try:
         axes = layout if isinstance(layout, Layout) else Layout(layout)
         fans = axes.fans(tensor.shape)
-        g = rules.gain(_numpy(nonlinearity), depth=depth) if gain is None else gain
+        g = rules.gain(numpy_nonlinearity(nonlinearity), depth=depth) if gain is None else gain
         std = 0.0 if 0 in fans else rules.curvature_neutral_std(*fans, g)
     except ValueError as error:
         raise ValueError(f"{function}: {error} (for {where})") from error
@@ -105,8 +92,9 @@ def hessian_normal_(
     nonlinearity: Nonlinearity = "relu",
     gain: float | None = None,
     layout: str | Layout = "oi...",
-    depth: int | None = None,
     generator: torch.Generator | None = None,
+    *,
+    depth: int | None = None,
 ) -> Tensor:
     """Fills a weight from ``N(0, σ²)`` at the curvature-neutral scale ``σ = 1 / (g (fan_in fan_out)^(1/4))``.
 
@@ -116,8 +104,8 @@ def hessian_normal_(
         gain: g itself, instead of ``nonlinearity``; it divides.
         layout: the axes, see :class:`hessinit.layout.Layout`. Default ``"oi..."``, the order of Linear and Conv1-3d;
             ``Layout("(gi)o...", groups, stride, transposed=True)`` for a transposed convolution.
-        depth: number of weight layers of the net, if known; see :func:`hessinit.rules.gain`.
         generator: decides everything; None: torch's global one, which advances by one draw.
+        depth: number of weight layers of the net, if known; see :func:`hessinit.rules.gain`.
 
     Returns:
         The same tensor, same dtype and device. Half precision is drawn in float32, then cast.
@@ -131,7 +119,7 @@ def hessian_normal_(
         >>> round(w.std().item() / (2**0.5 / (1024 * 256) ** 0.25), 2)
         1.0
     """
-    return _fill_("hessian_normal_", "normal", tensor, nonlinearity, gain, layout, depth, generator)
+    return _fill_("hessian_normal_", "normal", tensor, nonlinearity, gain, layout, generator, depth)
 
 
 def hessian_uniform_(
@@ -139,8 +127,9 @@ def hessian_uniform_(
     nonlinearity: Nonlinearity = "relu",
     gain: float | None = None,
     layout: str | Layout = "oi...",
-    depth: int | None = None,
     generator: torch.Generator | None = None,
+    *,
+    depth: int | None = None,
 ) -> Tensor:
     """Fills a weight from the uniform law on ``[-√3 σ, √3 σ]``. Arguments as in :func:`hessian_normal_`.
 
@@ -149,7 +138,7 @@ def hessian_uniform_(
         >>> w.abs().max().item() <= 3**0.5 / 8
         True
     """
-    return _fill_("hessian_uniform_", "uniform", tensor, nonlinearity, gain, layout, depth, generator)
+    return _fill_("hessian_uniform_", "uniform", tensor, nonlinearity, gain, layout, generator, depth)
 
 
 def hessian_truncated_normal_(
@@ -157,8 +146,9 @@ def hessian_truncated_normal_(
     nonlinearity: Nonlinearity = "relu",
     gain: float | None = None,
     layout: str | Layout = "oi...",
-    depth: int | None = None,
     generator: torch.Generator | None = None,
+    *,
+    depth: int | None = None,
 ) -> Tensor:
     """Fills a weight from a normal law cut at two of its standard deviations, widened so that its std is σ.
 
@@ -169,7 +159,7 @@ def hessian_truncated_normal_(
         >>> round(w.std().item() * 16, 2), w.abs().max().item() * 16 <= 2 / 0.8796
         (1.0, True)
     """
-    return _fill_("hessian_truncated_normal_", "truncated_normal", tensor, nonlinearity, gain, layout, depth, generator)
+    return _fill_("hessian_truncated_normal_", "truncated_normal", tensor, nonlinearity, gain, layout, generator, depth)
 
 
 def hessian_orthogonal_(
@@ -177,8 +167,9 @@ def hessian_orthogonal_(
     nonlinearity: Nonlinearity = "relu",
     gain: float | None = None,
     layout: str | Layout = "oi...",
-    depth: int | None = None,
     generator: torch.Generator | None = None,
+    *,
+    depth: int | None = None,
 ) -> Tensor:
     """Fills a weight with orthogonal rows or columns whose root mean square is exactly σ.
 
@@ -189,4 +180,4 @@ def hessian_orthogonal_(
         >>> torch.allclose(w @ w.T, 2 * torch.eye(64), atol=1e-5)
         True
     """
-    return _fill_("hessian_orthogonal_", "orthogonal", tensor, nonlinearity, gain, layout, depth, generator)
+    return _fill_("hessian_orthogonal_", "orthogonal", tensor, nonlinearity, gain, layout, generator, depth)

@@ -331,6 +331,9 @@ def test_init_follows_a_subclassed_model_through_its_inputs():
     assert rms(net.one(x)) ** 2 == pytest.approx(rules.INPUT_VARIANCE, rel=0.3)
     _, report = hessinit.init_(net, return_report=True)
     assert {r.activation for r in report if r.role == "weight"} == {"relu (assumed)"}
+    for nonlinearity in (keras.activations.gelu, layers.Activation("gelu"), rules.ACTIVATIONS["gelu"]):
+        _, report = hessinit.init_(net, nonlinearity=nonlinearity, return_report=True)
+        assert report.rows[0].gain == pytest.approx(rules.gain("gelu"), rel=1e-5)
 
 
 def test_inputs_are_measured_where_they_meet_the_first_weight():

@@ -129,6 +129,9 @@ def test_without_inputs_the_default_nonlinearity_is_assumed_and_said():
     _, report = hessinit.init_(Functional(), nonlinearity="gelu", return_report=True)
     assert {row.activation for row in report if row.role == "weight"} == {"gelu (assumed)"}
     assert report["fc1.weight"].gain == rules.gain("gelu")
+    for nonlinearity in (nn.GELU(), F.gelu, rules.ACTIVATIONS["gelu"]):
+        _, report = hessinit.init_(Functional(), nonlinearity=nonlinearity, return_report=True)
+        assert report["fc1.weight"].gain == pytest.approx(rules.gain("gelu"))
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 255.0])

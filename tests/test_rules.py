@@ -69,6 +69,7 @@ def test_two_layers_have_the_one_layer_gain_and_depth_moves_it():
         (lambda: rules.gain("relu", depth=2.5), ValueError, "depth must be"),
         (lambda: rules.gain(lambda u: 0 * u + 1), ValueError, "does not vary"),
         (lambda: rules.gain(lambda u: u.sum()), ValueError, "maps shape"),
+        (lambda: rules.gain(lambda u, v: u), ValueError, "must have a finite gain; got <function.*missing 1 required"),
         (lambda: rules.curvature_neutral_std(0, 1, 1), ValueError, "fan_in must be a finite positive number; got 0"),
         (lambda: rules.curvature_neutral_std(1, -1, 1), ValueError, "fan_out must be"),
         (lambda: rules.curvature_neutral_std(1, 1, math.nan), ValueError, "gain must be a finite"),

@@ -47,7 +47,8 @@ def compare(
 ) -> None:
     """Trains the same net from each initializer, over seeds, and prints what became of it.
 
-    A stopped command, given again, goes on where it was.
+    A stopped command, given again, goes on where it was. The table has means and sample standard deviations over seeds;
+    "2 of 3" seeds means that one diverged. Train loss is that of the whole train set after training.
     """
     from rich.console import Console
     from rich.progress import (
@@ -114,18 +115,17 @@ def _table(lines: list[Summary]) -> object:
 
     from hessinit.experiments.baselines import INITIALIZERS
 
-    table = Table("initializer", box=box.SIMPLE_HEAD)
+    table = Table("initializer", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head in ("lr", "train loss", "test accuracy", "seconds", "seeds"):
         table.add_column(head, justify="right", no_wrap=True)
     for line in lines:
-        note = f" ({line.diverged} diverged)" if line.diverged else ""
         table.add_row(
             f"{INITIALIZERS[line.initializer].label}, {line.activation}",
             f"{line.lr:g}",
             f"{line.train_loss[0]:.3f} ± {line.train_loss[1]:.3f}",
             f"{line.test_accuracy[0]:.3f} ± {line.test_accuracy[1]:.3f}",
             f"{line.seconds:.1f}",
-            f"{line.seeds}{note}",
+            f"{line.seeds - line.diverged} of {line.seeds}" if line.diverged else str(line.seeds),
         )
     return table
 

@@ -50,7 +50,7 @@ def figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4) -> 
 
 
 def loss_curves(points: Sequence[dict[str, str]], path: Path, title: str = "") -> None:
-    """Train loss against step, one line an initializer, activation and learning rate, with the band over seeds.
+    """Train loss against step: a panel a learning rate, a line an initializer and activation, the band over seeds.
 
     Args:
         points: rows of ``curves.csv``.
@@ -61,14 +61,19 @@ def loss_curves(points: Sequence[dict[str, str]], path: Path, title: str = "") -
     for point in points:
         curve = curves.setdefault((point["initializer"], point["activation"], point["lr"]), {})
         curve.setdefault(int(point["step"]), []).append(float(point["loss"]))
-    made, axes = figure(1, 1, 8.0, 4.8)
-    several = len({lr for _, _, lr in curves}) > 1
+    lrs = list(dict.fromkeys(lr for _, _, lr in curves))
+    made, axes = figure(-(-len(lrs) // 3), min(len(lrs), 3), *((8.0, 4.8) if len(lrs) == 1 else (4.2, 3.4)))
     for (initializer, activation, lr), curve in curves.items():
-        label = f"{INITIALIZERS[initializer].label}, {activation}" + (f", lr {lr}" if several else "")
-        _band(axes[0, 0], curve, COLOURS[initializer], STYLES[activation], label)
-    axes[0, 0].set(xlabel="step", ylabel="train loss", title=title, yscale="log")
-    axes[0, 0].yaxis.set_minor_formatter("{x:.1f}")
-    axes[0, 0].legend(frameon=False)
+        label = f"{INITIALIZERS[initializer].label}, {activation}"
+        _band(axes.flat[lrs.index(lr)], curve, COLOURS[initializer], STYLES[activation], label)
+    for panel, lr in zip(axes.flat, lrs, strict=False):
+        panel.set(xlabel="step", ylabel="train loss", title=f"lr {lr}", yscale="log")
+        panel.yaxis.set_major_formatter("{x:.1f}")
+        panel.yaxis.set_minor_formatter("{x:.1f}")
+    for panel in list(axes.flat)[len(lrs) :]:
+        panel.remove()
+    made.suptitle(title)
+    axes[0, 0].legend(frameon=False, fontsize="medium" if len(lrs) == 1 else "x-small")
     made.savefig(path, dpi=150)
 
 

@@ -205,7 +205,9 @@ def sweep(
     if jobs == 1 or len(missing) < 2:
         results: Iterable[tuple[Run, Result]] = ((run, train(run, data)) for run in missing)
     else:
-        results = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(_one)(run, data) for run in missing)
+        # Copy-on-write maps: processes share the images, and torch takes them without complaint.
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c")
+        results = pool(delayed(_one)(run, data) for run in missing)
     for run, result in results:
         store.add(run, result)
         if on_run is not None:

@@ -74,6 +74,9 @@ class Network(Protocol):
         pass where ``inputs`` is not None. Changes nothing in the model.
         """
 
+    def nonlinearity(self, nonlinearity: Any) -> str | Callable[[Any], Any]:
+        """A nonlinearity that a user named or gave, in this framework's terms, as a name or a NumPy function."""
+
     def snapshot(self, name: str) -> Any:
         """A copy of a parameter, for :meth:`restore`."""
 

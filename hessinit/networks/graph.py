@@ -33,6 +33,14 @@ def is_activation(function: Callable[[Any], Any]) -> bool:
     return bool(np.abs(full - line).max() > 1e-5 * (1e-3 + np.abs(full).max()))
 
 
+def takes_arrays(function: Callable[[Any], Any]) -> bool:
+    """Whether a function is one of NumPy arrays, and not of some framework's tensors."""
+    try:
+        return isinstance(function(np.zeros(1)), np.ndarray)
+    except Exception:  # a framework's function refuses arrays in its own way
+        return False
+
+
 class State(NamedTuple):
     """What a tensor carries: weights whose follower is not yet seen, and the layers it came through in a chain."""
 

@@ -15,7 +15,7 @@ from keras import layers
 from hessinit.layout import KERAS, Layout
 from hessinit.networks import base
 from hessinit.networks.base import Follower, Parameter
-from hessinit.networks.graph import State, WeightGraph, is_activation
+from hessinit.networks.graph import State, WeightGraph, is_activation, takes_arrays
 from hessinit.rules import ACTIVATIONS
 
 Array = npt.NDArray[np.floating[Any]]
@@ -126,6 +126,9 @@ class KerasNetwork:
             return None
         return keras.tree.flatten(placeholders), keras.tree.flatten(outputs)
 
+    def nonlinearity(self, nonlinearity: Any) -> Any:
+        return numpy_nonlinearity(nonlinearity)
+
     def snapshot(self, name: str) -> Any:
         return keras.ops.copy(self._variables[name].value)
 
@@ -155,6 +158,11 @@ def as_numpy_function(function: Callable[..., Any]) -> Callable[[Any], Any] | st
         return name
     call = function.call if isinstance(function, keras.Operation) else function
     return lambda u: keras.ops.convert_to_numpy(call(keras.ops.convert_to_tensor(u)))
+
+
+def numpy_nonlinearity(nonlinearity: Any) -> Any:
+    """A Keras layer or function as one of NumPy arrays; names and NumPy functions are themselves."""
+    return nonlinearity if not callable(nonlinearity) or takes_arrays(nonlinearity) else as_numpy_function(nonlinearity)
 
 
 def _acts(function: Callable[[Any], Any] | str) -> bool:

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hessinit.layout import TORCH, Layout
 from hessinit.networks import base
 from hessinit.networks.base import Follower, Parameter
-from hessinit.networks.graph import WeightGraph, is_activation
+from hessinit.networks.graph import WeightGraph, is_activation, takes_arrays
 
 Array = npt.NDArray[np.floating[Any]]
 GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
@@ -120,6 +120,9 @@ class TorchNetwork:
             return _trace(self.model, inputs, names)
         return _module_order(self.model, names)
 
+    def nonlinearity(self, nonlinearity: Any) -> Any:
+        return numpy_nonlinearity(nonlinearity)
+
     def snapshot(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach().clone()
 
@@ -165,6 +168,13 @@ def as_numpy_function(function: Callable[..., Any]) -> Callable[[Array], Array]:
         return result
 
     return call
+
+
+def numpy_nonlinearity(nonlinearity: Any) -> Any:
+    """A torch module or function as one of NumPy arrays; names and NumPy functions are themselves."""
+    if isinstance(nonlinearity, nn.Module):
+        return as_numpy_function(nonlinearity)
+    return nonlinearity if not callable(nonlinearity) or takes_arrays(nonlinearity) else as_numpy_function(nonlinearity)
 
 
 def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

@@ -1,0 +1,186 @@
+"""Every committed table is drawn again, and every script runs its work in miniature."""
+
+import csv
+import importlib
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hessinit import rules
+from hessinit.experiments import plots
+from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
+from hessinit.experiments.sweep import Plan, Store, summaries
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ROOT / "paper_figures"
+SCRIPTS = sorted(path.stem for path in FIGURES.glob("*.py"))
+sys.path.insert(0, str(FIGURES))
+
+MINIATURES = {
+    "fig_depth": {"depths": (2, 4), "seeds": (0,), "samples": 8, "dataset": "fashion_mnist_mini"},
+    "fig_depth_training": {
+        "study": (
+            ("chosen on", "raw", (3,), "sgd", (0.01, 0.1), (0,)),
+            ("held out", "standardised", (3,), "adam", (1e-3,), (0,)),
+        ),
+        "steps": 5,
+        "dataset": "fashion_mnist_mini",
+    },
+}
+
+
+def test_every_script_has_its_table_pictures_and_miniature():
+    assert set(MINIATURES) == set(SCRIPTS)
+    for name, suffix in [(n, s) for n in SCRIPTS for s in (".csv", ".png", ".pdf")]:
+        assert (FIGURES / name).with_suffix(suffix).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_committed_tables_are_drawn(name, tmp_path):
+    drawn = importlib.import_module(name).draw(pd.read_csv(FIGURES / f"{name}.csv"))
+    drawn.savefig(tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_work_runs_in_miniature(name, tmp_path, monkeypatch):
+    script = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, "--recompute"])
+    plots.figure_script(tmp_path / name, lambda: script.compute(**MINIATURES[name]), script.draw)
+    made, committed = (pd.read_csv(folder / f"{name}.csv") for folder in (tmp_path, FIGURES))
+    assert list(made.columns) == list(committed.columns)
+    assert made.iloc[:, -1].notna().all()
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".csv", ".pdf", ".png"]
+
+
+def test_measured_layer_curvatures_are_those_of_the_reference():
+    from fig_depth import layer_curvatures
+    from reference import layer_curvatures as reference
+
+    rng = np.random.default_rng(0)
+    weights = [torch.from_numpy(rng.normal(size=shape)) for shape in [(6, 5), (5, 4), (4, 3)]]
+    x = torch.from_numpy(rng.normal(size=(1, 6)))
+    net = torch.nn.Sequential()
+    for k, weight in enumerate(weights):
+        net.append(torch.nn.Linear(*weight.shape, bias=False, dtype=torch.float64))
+        net[-1].weight.data = weight.T.contiguous()
+        if k < 2:
+            net.append(torch.nn.Tanh())
+    p = torch.softmax(net(x)[0], 0).detach()
+    expected = reference(net, x, torch.diag(p) - torch.outer(p, p))
+    assert layer_curvatures(x, weights, "tanh") == pytest.approx(list(expected.values()), rel=1e-10)
+
+
+def test_stacked_nets_train_as_they_would_alone():
+    from fig_depth_training import train
+
+    x, y = torch.randn(256, 20, generator=torch.Generator().manual_seed(0)), torch.arange(256) % 3
+    nets = [([0.3, 0.4], 0.1, 0), ([0.2, 0.1], 0.05, 1)]
+    for optimizer in ("sgd", "adam"):
+        together = train(x, y, "tanh", [20, 8, 3], nets, optimizer, 10)
+        alone = [train(x, y, "tanh", [20, 8, 3], [net], optimizer, 10)[0] for net in nets]
+        assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_recursion_can_start_elsewhere():
+    from fig_depth_training import gain_from
+
+    assert gain_from("tanh", 20, 1.0) == pytest.approx(rules.gain("tanh", depth=20))
+    assert gain_from("tanh", 20, 0.5) > rules.gain("tanh", depth=20)
+    assert gain_from("relu", 20, 0.5) == pytest.approx(rules.gain("relu"))
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """The committed comparison: lines of the table by framework, initializer and activation."""
+    store = Store(FIGURES / "compare")
+    found = {}
+    for framework in ("torch", "keras"):
+        rows = [row for row in store.rows if row["framework"] == framework]
+        found |= {(framework, line.initializer, line.activation): line for line in summaries(rows)}
+    return found
+
+
+def test_the_published_comparison_is_reproduced(compared):
+    """Final train loss at lr 0.01, mean of three seeds, full FashionMNIST."""
+    published = {
+        ("slides", "relu"): (0.38, 0.41),
+        ("he_normal", "relu"): (0.48, 0.51),
+        ("glorot_uniform", "tanh"): (0.49, 0.52),
+        ("orthogonal", "tanh"): (0.52, 0.545),
+        ("orthogonal", "relu"): (0.53, 0.56),
+    }
+    for framework in ("torch", "keras"):
+        for row, (low, high) in published.items():
+            line = compared[framework, *row]
+            assert line.seeds == 3
+            assert low <= line.train_loss[0] <= high
+        for rival in ("he_normal", "orthogonal"):
+            ours, theirs = compared[framework, "closed_form", "relu"], compared[framework, rival, "relu"]
+            assert ours.train_loss[0] + 2 * ours.train_loss[1] < theirs.train_loss[0]
+        for rival in ("glorot_uniform", "orthogonal"):
+            ours, theirs = compared[framework, "closed_form", "tanh"], compared[framework, rival, "tanh"]
+            assert ours.train_loss[0] + 2 * ours.train_loss[1] < theirs.train_loss[0]
+
+
+def test_keras_agrees_with_torch_within_the_spread(compared):
+    for initializer, activation in DEFAULT_ROWS:
+        if initializer != "torch_default":
+            one, two = (compared[framework, initializer, activation].train_loss for framework in ("torch", "keras"))
+            assert abs(one[0] - two[0]) < 4 * math.hypot(one[1], two[1]) / math.sqrt(3)
+
+
+def test_the_committed_picture_is_of_the_default_comparison(tmp_path):
+    store = Store(FIGURES / "compare")
+    runs = list(Plan().runs("fashion_mnist"))
+    assert len(store.rows_for(runs)) == len(runs)
+    plots.loss_curves(store.points_for(runs), tmp_path / "again.png")
+    assert (FIGURES / "compare" / "curves.png").stat().st_size > 10_000
+
+
+def _rows_of(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+
+
+def _table(heading):
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index(heading) :]
+    return _rows_of(re.search(r"(\|.*\n)+", section)[0])
+
+
+def test_the_readmes_comparison_is_the_committed_one(compared):
+    rows = _table("| initializer | PyTorch")
+    assert len(rows) == len(DEFAULT_ROWS)
+    for (initializer, activation), (label, torch_loss, torch_accuracy, keras_loss) in zip(
+        DEFAULT_ROWS, rows, strict=True
+    ):
+        line = compared["torch", initializer, activation]
+        assert label.replace("*", "") == f"{INITIALIZERS[initializer].label}, {activation}"
+        assert torch_loss.replace("*", "") == "{:.3f} ± {:.3f}".format(*line.train_loss)
+        assert torch_accuracy.replace("*", "") == f"{line.test_accuracy[0]:.3f}"
+        if initializer != "torch_default":
+            keras_line = compared["keras", initializer, activation]
+            assert keras_loss.replace("*", "") == "{:.3f} ± {:.3f}".format(*keras_line.train_loss)
+
+
+def test_the_readmes_learning_rates_are_the_committed_ones():
+    with (FIGURES / "learning_rates" / "runs.csv").open() as file:
+        lines = {(s.initializer, s.activation, s.lr): s for s in summaries(list(csv.DictReader(file)))}
+    labels = {one.label: name for name, one in INITIALIZERS.items()}
+    rows = _table("| lr |")
+    assert len(rows) == 10
+    for label, *cells in rows:
+        name, activation = label.replace("*", "").rsplit(", ", 1)
+        for lr, cell in zip((0.003, 0.01, 0.03, 0.1, 0.3, 0.6), cells, strict=True):
+            line = lines[labels[name], activation, lr]
+            assert line.seeds == 5
+            if line.diverged:
+                assert cell == f"{line.diverged} of 5 diverged"
+            else:
+                assert cell == "{:.3f} ± {:.3f}".format(*line.last_fifth_loss)

@@ -1,0 +1,46 @@
+"""The README shows only what runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_its_python_runs_and_prints_what_it_shows(number):
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", PYTHON[number]],
+        env={**os.environ, "KERAS_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(PYTHON[number].strip().splitlines()) <= 14
+    if done.stdout:
+        assert f"```text\n{done.stdout}```" in README
+
+
+def test_its_python_prints_something():
+    assert any("print(" in block for block in PYTHON)
+
+
+def test_its_options_are_those_of_the_command():
+    listed = re.search(r"hessinit compare  (.*)", README)[1].split()
+    from hessinit.experiments.cli import compare
+
+    options = {f"--{name.replace('_', '-')}" for name in compare.__annotations__ if name != "return"}
+    assert set(listed) == options - {"--problem", "--optimizer"}
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(links) > 4
+    for link in links:
+        assert (Path(__file__).parent.parent / link).exists(), link
