@@ -312,6 +312,18 @@ def test_init_sets_a_functional_model():
     assert [row.note for row in ones] == ["set to 1"]
 
 
+def test_products_are_told_from_activations():
+    i = keras.Input((6,))
+    u = layers.Dense(6)(i)
+    u = ops.sigmoid(u) * u  # an activation written out
+    u = layers.Multiply()([layers.Dense(6)(u), layers.Dense(6, "sigmoid")(u)])  # a gated linear unit
+    net = keras.Model(i, layers.Dense(2)(layers.Dense(6, "sigmoid")(u)))
+    _, report = hessinit.init_(net, return_report=True)
+    found = sorted((row.activation, round(row.gain, 4)) for row in report if row.role == "weight")
+    silu, sigmoid = (round(rules.gain(name, depth=4), 4) for name in ("silu", "sigmoid"))
+    assert found == [("gates", 1), ("linear", 1), ("product", silu), ("sigmoid", sigmoid), ("sigmoid", sigmoid)]
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()

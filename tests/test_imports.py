@@ -18,6 +18,7 @@ ROWS = [
     {"report"},
     {"networks.base"},
     {"networks.graph"},
+    {"networks.torch_follow"},
     {"networks.torch", "networks.keras"},
     {"networks"},
     {"model"},

@@ -125,6 +125,29 @@ def test_a_traced_forward_sees_functions_modules_norms_and_branches():
     assert report["conv1.weight"].fan_out == 8 * 9 / 4
 
 
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.swish, self.value, self.gate, self.squeeze = (nn.Linear(6, 6) for _ in range(4))
+        self.gate_activation = nn.Sequential(nn.Sigmoid(), nn.Identity())
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x):
+        u = self.swish(x)
+        u = torch.sigmoid(u) * u  # an activation written out
+        u = self.value(u) * self.gate_activation(self.gate(u))  # a gated linear unit
+        return self.out(torch.sigmoid(self.squeeze(u)))  # an activation
+
+
+def test_products_are_told_from_activations():
+    _, report = hessinit.init_(Gated(), torch.randn(3, 6), return_report=True)
+    found = {row.name.split(".")[0]: row.activation for row in report if row.role == "weight"}
+    assert found == {"swish": "product", "value": "linear", "gate": "gates", "squeeze": "sigmoid", "out": "sigmoid"}
+    assert report["swish.weight"].gain == pytest.approx(rules.gain("silu", depth=4))
+    assert report["gate.weight"].gain == pytest.approx(1)
+    assert report["squeeze.weight"].gain == pytest.approx(rules.gain("sigmoid", depth=4))
+
+
 def test_without_inputs_the_default_nonlinearity_is_assumed_and_said():
     _, report = hessinit.init_(Functional(), nonlinearity="gelu", return_report=True)
     assert {row.activation for row in report if row.role == "weight"} == {"gelu (assumed)"}

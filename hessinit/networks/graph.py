@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hessinit import rules
 from hessinit.networks.base import Follower
 
 _GRID = np.sort(np.random.default_rng(0).uniform(-3.0, 3.0, 33))
@@ -41,11 +42,22 @@ def takes_arrays(function: Callable[[Any], Any]) -> bool:
         return False
 
 
+def _times_argument(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda u: u * function(u)
+
+
 class State(NamedTuple):
-    """What a tensor carries: weights whose follower is not yet seen, and the layers it came through in a chain."""
+    """What a tensor carries.
+
+    Args:
+        pending: weights whose follower is not yet seen.
+        layers: those it came through in a chain, nearest ones.
+        activated: of an activation's output: its input, the weights before, and the function.
+    """
 
     pending: frozenset[str]
     layers: frozenset[int]
+    activated: tuple[Any, frozenset[str], Callable[[Any], Any] | str] | None = None
 
 
 class WeightGraph:
@@ -81,10 +93,22 @@ class WeightGraph:
         self._moments.append(input_moment)
         return State(frozenset(names), frozenset([len(self._names) - 1]))
 
-    def activation(self, state: State, name: str, function: Callable[[Any], Any] | str) -> State:
-        """The tensor goes through an activation."""
+    def activation(self, state: State, name: str, function: Callable[[Any], Any] | str, tensor: object = None) -> State:
+        """The tensor goes through an activation; name the tensor itself where it may meet its output again."""
         self._settle(state.pending, name, function)
-        return State(frozenset(), state.layers)
+        return State(frozenset(), state.layers, (tensor, state.pending, function))
+
+    def product(self, one: tuple[object, State], two: tuple[object, State]) -> State:
+        """Two tensors are multiplied: ``u φ(u)`` is one activation, and an activation from 0 to 1 is a gate."""
+        for (_, factor), (other, _) in ((one, two), (two, one)):
+            if factor.activated is not None:
+                tensor, weights, function = factor.activated
+                known = rules.activation(function)
+                if tensor is other:
+                    self._activations.update(dict.fromkeys(weights, ("product", _times_argument(known))))
+                elif known(_GRID).min() >= 0 and known(_GRID).max() <= 1:
+                    self._activations.update(dict.fromkeys(weights, ("gates", "linear")))
+        return self.join([one[1], two[1]])
 
     def norm(self, state: State) -> State:
         """The tensor is normalised: a new chain starts."""

@@ -203,19 +203,25 @@ def _follow(graph: WeightGraph, inputs: list[Any], outputs: list[Any], start: li
             continue
         given = [states[id(t)] for t in node.input_tensors]
         moment = _input_moment(inputs, node.input_tensors, given, data)
-        results = _step(graph, operation, given, moment)
+        results = _step(graph, operation, node.input_tensors, given, moment)
         for k, output in enumerate(node.output_tensors):
             states[id(output)] = results[k] if len(results) > 1 else results[0]
     return [states[id(tensor)] for tensor in outputs]
 
 
-def _step(graph: WeightGraph, operation: Any, given: list[State], moment: float | None) -> list[State]:
+def _step(
+    graph: WeightGraph, operation: Any, tensors: list[Any], given: list[State], moment: float | None
+) -> list[State]:
+    """One operation or layer: the states of its outputs, one for all of them where they are alike."""
     state = graph.join(given)
     if isinstance(operation, keras.Model) and getattr(operation, "inputs", None):
         inputs, outputs = (keras.tree.flatten(t) for t in (operation.inputs, operation.outputs))
         return _follow(graph, inputs, outputs, start=given, data=None)
+    if type(operation).__name__ == "Multiply" and len(given) == 2:
+        one, two = zip(tensors, given, strict=True)
+        return [graph.product(one, two)]
     if not isinstance(operation, keras.Layer):
-        return [_activate(graph, state, operation, operation) if len(given) == 1 else state]
+        return [_activate(graph, state, operation, tensors)]
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]
     if isinstance(operation, (*_ATTENTION, layers.RNN, layers.Bidirectional)):
         # Gates and projections pass signals on almost linearly.
@@ -224,22 +230,23 @@ def _step(graph: WeightGraph, operation: Any, given: list[State], moment: float 
         return [graph.norm(state)]
     if operation._layers:  # something composed by a user
         return [graph.unknown(state)]
-    if not weights:
-        return [_activate(graph, state, operation, operation) if len(given) == 1 else state]
-    state = graph.weights(state, weights, moment)
-    return [_activate(graph, state, operation, operation.activation) if hasattr(operation, "activation") else state]
+    if weights:
+        state = graph.weights(state, weights, moment)
+        tensors = [None]  # between a layer's kernel and its own activation there is no symbolic tensor
+    return [_activate(graph, state, operation, tensors)]
 
 
-def _activate(graph: WeightGraph, state: State, operation: Any, function: Callable[..., Any]) -> State:
-    if not state.pending:
+def _activate(graph: WeightGraph, state: State, operation: Any, tensors: list[Any]) -> State:
+    """The state after an operation that may be an activation, or a layer that may end in one."""
+    weighted = tensors[0] is None
+    function = getattr(operation, "activation", None if weighted else operation)
+    if not state.pending or len(tensors) != 1 or function is None:
         return state
-    if isinstance(function, layers.Activation):
-        function = function.activation
     numpy_function = as_numpy_function(function)
     if not _acts(numpy_function):
         return state
     name = getattr(function, "__name__", None) or type(operation).__name__
-    return graph.activation(state, name, numpy_function)
+    return graph.activation(state, name, numpy_function, tensors[0])
 
 
 def _input_moment(inputs: list[Any], tensors: list[Any], given: list[State], data: Any) -> float | None:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from hessinit.layout import TORCH, Layout
 from hessinit.networks import base
 from hessinit.networks.base import Follower, Parameter
-from hessinit.networks.graph import WeightGraph, is_activation, takes_arrays
+from hessinit.networks.graph import takes_arrays
+from hessinit.networks.torch_follow import NORM, as_numpy_function, module_order, trace
 
 Array = npt.NDArray[np.floating[Any]]
 GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 _CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORM = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
 
 
 def accepts(model: object) -> bool:
@@ -58,7 +50,7 @@ def weight_layout(module: nn.Module, name: str) -> Layout | None:
 
 
 def _role(module: nn.Module, name: str) -> str:
-    if isinstance(module, _NORM):
+    if isinstance(module, NORM):
         return {"weight": base.NORM_SCALE, "bias": base.NORM_OFFSET}.get(name, base.OTHER)
     if weight_layout(module, name) is not None:
         return base.WEIGHT
@@ -88,7 +80,7 @@ class TorchNetwork:
     def prepare(self, inputs: Any) -> None:
         lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in self.model.parameters())
         if inputs is not None and lazy:
-            _trace(self.model, inputs, {})
+            trace(self.model, inputs, {})
 
     def parameters(self) -> Sequence[Parameter]:
         found: list[Parameter] = []
@@ -117,8 +109,8 @@ class TorchNetwork:
     def followers(self, inputs: Any) -> Mapping[str, Follower]:
         names = {id(p): n for n, m, local, p in _owned_parameters(self.model) if weight_layout(m, local) is not None}
         if inputs is not None:
-            return _trace(self.model, inputs, names)
-        return _module_order(self.model, names)
+            return trace(self.model, inputs, names)
+        return module_order(self.model, names)
 
     def nonlinearity(self, nonlinearity: Any) -> Any:
         return numpy_nonlinearity(nonlinearity)
@@ -154,22 +146,6 @@ def draw_seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(0, 2**62, (), generator=generator, device=device))
 
 
-def as_numpy_function(function: Callable[..., Any]) -> Callable[[Array], Array]:
-    """A torch function or module of one tensor as a function of one NumPy array.
-
-    A module is copied and put in evaluation mode first, in float64, so that the original is not touched.
-    """
-    if isinstance(function, nn.Module):
-        function = copy.deepcopy(function).eval().double().cpu()
-
-    def call(u: Array) -> Array:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            result: Array = function(torch.from_numpy(np.array(u))).numpy()
-        return result
-
-    return call
-
-
 def numpy_nonlinearity(nonlinearity: Any) -> Any:
     """A torch module or function as one of NumPy arrays; names and NumPy functions are themselves."""
     if isinstance(nonlinearity, nn.Module):
@@ -183,153 +159,3 @@ def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, n
         for local, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{prefix}.{local}".lstrip("."), module, local, parameter
-
-
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, nn.Sequential):
-        for child in module:
-            yield from _leaves(child)
-    else:
-        yield module
-
-
-def _module_order(model: nn.Module, names: Mapping[int, str]) -> Mapping[str, Follower]:
-    """Followers inside each ``nn.Sequential``, from the order of its modules.
-
-    What leaves a Sequential that is only a part of the model may meet anything, so weights whose follower would lie
-    there are not in the answer.
-    """
-    found: dict[str, Follower] = {}
-    inner = {id(c) for m in model.modules() if isinstance(m, nn.Sequential) for c in m if isinstance(c, nn.Sequential)}
-    for sequential in model.modules():
-        if not isinstance(sequential, nn.Sequential) or id(sequential) in inner:
-            continue
-        graph = WeightGraph(whole=sequential is model)
-        state = graph.start()
-        for module in _leaves(sequential):
-            weights = [names[id(p)] for p in module._parameters.values() if id(p) in names]
-            if weights:
-                state = graph.weights(state, weights)
-                if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
-                    state = graph.activation(state, "gates", "linear")
-            elif any(True for _ in module.children()):
-                state = graph.unknown(state)
-            elif isinstance(module, _NORM):
-                state = graph.norm(state)
-            elif _is_activation_module(module):
-                state = graph.activation(state, type(module).__name__, as_numpy_function(module))
-            elif any(True for _ in module.parameters()):
-                state = graph.unknown(state)
-        graph.end(state)
-        found.update(graph.followers())
-    return found
-
-
-def _is_activation_module(module: nn.Module) -> bool:
-    plain = isinstance(module, nn.PReLU) or not any(True for _ in module.parameters())
-    return plain and not any(True for _ in module.children()) and is_activation(as_numpy_function(module))
-
-
-# Gates and attention's projections pass signals on almost linearly.
-_GATED_FUNCTIONS = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
-_GATED_FUNCTIONS |= {"multi_head_attention_forward", "_native_multi_head_attention"}
-_NORM_FUNCTIONS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"}
-
-
-class _Tracer(TorchFunctionMode):
-    """Watches one forward pass: which weights each tensor came through, and what is done to it next."""
-
-    def __init__(self, graph: WeightGraph, names: Mapping[int, str]) -> None:
-        super().__init__()
-        self.graph, self.names = graph, names
-        self.states = WeakIdKeyDictionary()
-        self.inside = 0  # activations given as modules are met as wholes, see _trace
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        given = [t for t in _flatten((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
-        weights = [self.names[id(t)] for t in given if id(t) in self.names]
-        states = [self.states[t] for t in given if t in self.states]
-        result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if weights:
-            moment = None if states else self._input_moment(given)
-            state = self.graph.weights(self.graph.join(states), weights, moment)
-            if name in _GATED_FUNCTIONS:
-                state = self.graph.activation(state, "gates", "linear")
-        elif self.inside or not states:
-            return result
-        else:
-            state = self.graph.join(states)
-            if name in _NORM_FUNCTIONS:
-                state = self.graph.norm(state)
-            elif state.pending and args and args[0] is given[0] and len(given) == 1:
-                # torch.relu, F.gelu, clamp, ...: any function of one tensor that acts on each entry alone
-                function = as_numpy_function(lambda u: func(u, *args[1:], **kwargs))
-                if is_activation(function):
-                    state = self.graph.activation(state, name.strip("_"), function)
-        for tensor in _flatten(result):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                self.states[tensor] = state
-        return result
-
-    def _input_moment(self, given: list[torch.Tensor]) -> float | None:
-        """E x² of the data that meets its first weight here; None for indices and the like."""
-        data = [t for t in given if id(t) not in self.names and t.is_floating_point() and t.ndim > 0]
-        return float(data[0].detach().double().square().mean()) if data else None
-
-    def enter(self, module: nn.Module, args: Any) -> None:
-        self.inside += 1
-
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.inside -= 1
-        if isinstance(output, torch.Tensor) and (given := [t for t in _flatten(args) if t in self.states]):
-            state = self.graph.join(self.states[t] for t in given)
-            self.states[output] = self.graph.activation(state, type(module).__name__, as_numpy_function(module))
-
-
-def _trace(model: nn.Module, inputs: Any, names: Mapping[int, str]) -> Mapping[str, Follower]:
-    """Followers from one forward pass in evaluation mode; modes, buffers and random state as before."""
-    graph = WeightGraph(whole=True)
-    tracer = _Tracer(graph, names)
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    hooks = []
-    try:
-        for module, _ in modes:
-            module.training = False
-            if _is_activation_module(module):
-                hooks += [module.register_forward_pre_hook(tracer.enter), module.register_forward_hook(tracer.leave)]
-        with torch.no_grad(), torch.random.fork_rng(devices), tracer:
-            outputs = _call(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
-    ends = [tracer.states[t] for t in _flatten(outputs) if isinstance(t, torch.Tensor) and t in tracer.states]
-    graph.end(graph.join(ends))
-    return graph.followers()
-
-
-def _call(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-
-
-def _flatten(tree: Any) -> Iterator[Any]:
-    if isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _flatten(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _flatten(value)
-    else:
-        yield tree

@@ -1,0 +1,208 @@
+"""What follows each weight of a ``torch.nn.Module``: from module order, or from one traced forward pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hessinit.networks.base import Follower
+from hessinit.networks.graph import State, WeightGraph, is_activation
+
+Array = npt.NDArray[np.floating[Any]]
+NORM = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+# Gates and attention's projections pass signals on almost linearly.
+_GATED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_GATED_FUNCTIONS = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+_GATED_FUNCTIONS |= {"multi_head_attention_forward", "_native_multi_head_attention"}
+_NORM_FUNCTIONS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"}
+_PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
+
+
+def as_numpy_function(function: Callable[..., Any]) -> Callable[[Array], Array]:
+    """A torch function or module of one tensor as a function of one NumPy array.
+
+    A module is copied and put in evaluation mode first, in float64, so that the original is not touched.
+    """
+    if isinstance(function, nn.Module):
+        function = copy.deepcopy(function).eval().double().cpu()
+
+    def call(u: Array) -> Array:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result: Array = function(torch.from_numpy(np.array(u))).numpy()
+        return result
+
+    return call
+
+
+def _activation_of(module: nn.Module) -> Callable[[Array], Array] | None:
+    """The module as a NumPy function if it is an activation, one made of several modules included."""
+    if not isinstance(module, nn.PReLU) and any(True for _ in module.parameters()):
+        return None
+    function = as_numpy_function(module)
+    return function if is_activation(function) else None
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, nn.Sequential):
+        for child in module:
+            yield from _leaves(child)
+    else:
+        yield module
+
+
+def module_order(model: nn.Module, names: Mapping[int, str]) -> Mapping[str, Follower]:
+    """Followers inside each ``nn.Sequential``, from the order of its modules.
+
+    What leaves a Sequential that is only a part of the model may meet anything, so weights whose follower would lie
+    there are not in the answer.
+
+    Args:
+        model: the model.
+        names: of its weights, by ``id``.
+    """
+    found: dict[str, Follower] = {}
+    inner = {id(c) for m in model.modules() if isinstance(m, nn.Sequential) for c in m if isinstance(c, nn.Sequential)}
+    for sequential in model.modules():
+        if not isinstance(sequential, nn.Sequential) or id(sequential) in inner:
+            continue
+        graph = WeightGraph(whole=sequential is model)
+        state = graph.start()
+        for module in _leaves(sequential):
+            state = _step(graph, state, module, names)
+        graph.end(state)
+        found.update(graph.followers())
+    return found
+
+
+def _step(graph: WeightGraph, state: State, module: nn.Module, names: Mapping[int, str]) -> State:
+    """One module of a Sequential."""
+    weights = [names[id(p)] for p in module._parameters.values() if id(p) in names]
+    if weights:
+        state = graph.weights(state, weights)
+        return graph.activation(state, "gates", "linear") if isinstance(module, _GATED) else state
+    if isinstance(module, NORM):
+        return graph.norm(state)
+    function = _activation_of(module)
+    if function is not None:
+        return graph.activation(state, type(module).__name__, function)
+    composed = any(True for _ in module.children()) or any(True for _ in module.parameters())
+    return graph.unknown(state) if composed else state
+
+
+class _Tracer(TorchFunctionMode):
+    """Watches one forward pass: which weights each tensor came through, and what is done to it next."""
+
+    def __init__(self, graph: WeightGraph, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.graph, self.names = graph, names
+        self.states = WeakIdKeyDictionary()  # of every tensor that came through a weight
+        self.inside = 0  # modules that are activations, met as wholes
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in _flatten((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
+        weights = [self.names[id(t)] for t in given if id(t) in self.names]
+        states = [self.states[t] for t in given if t in self.states]
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if weights:
+            moment = None if states else self._input_moment(given)
+            state = self.graph.weights(self.graph.join(states), weights, moment)
+            if name in _GATED_FUNCTIONS:
+                state = self.graph.activation(state, "gates", "linear")
+        elif self.inside or not states:
+            return result
+        else:
+            state = self.graph.join(states)
+            if name in _NORM_FUNCTIONS:
+                state = self.graph.norm(state)
+            elif name in _PRODUCTS and len(states) == 2:
+                state = self.graph.product(*((t, self.states[t]) for t in given))
+            elif state.pending and args and args[0] is given[0] and len(given) == 1:
+                # torch.relu, F.gelu, clamp, ...: any function of one tensor that acts on each entry alone
+                function = as_numpy_function(lambda u: func(u, *args[1:], **kwargs))
+                if is_activation(function):
+                    state = self.graph.activation(state, name.strip("_"), function, given[0])
+        for tensor in _flatten(result):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.states[tensor] = state
+        return result
+
+    def _input_moment(self, given: list[torch.Tensor]) -> float | None:
+        """E x² of the data that meets its first weight here; None for indices and the like."""
+        data = [t for t in given if id(t) not in self.names and t.is_floating_point() and t.ndim > 0]
+        return float(data[0].detach().double().square().mean()) if data else None
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.inside += 1
+
+    def leave(self, function: Callable[[Array], Array], module: nn.Module, args: Any, output: Any) -> None:
+        self.inside -= 1
+        if self.inside == 0 and isinstance(output, torch.Tensor) and args and args[0] in self.states:
+            state = self.states[args[0]]
+            self.states[output] = self.graph.activation(state, type(module).__name__, function, args[0])
+
+
+def trace(model: nn.Module, inputs: Any, names: Mapping[int, str]) -> Mapping[str, Follower]:
+    """Followers from one forward pass in evaluation mode; modes, buffers and random state as before.
+
+    Args:
+        model: the model.
+        inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        names: of its weights, by ``id``.
+    """
+    graph = WeightGraph(whole=True)
+    tracer = _Tracer(graph, names)
+    modes = [(module, module.training) for module in model.modules()]
+    functions = [(module, _activation_of(module)) for module, _ in modes]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    hooks = []
+    try:
+        for module, function in functions:
+            module.training = False
+            if function is not None:
+                hooks.append(module.register_forward_pre_hook(tracer.enter))
+                hooks.append(module.register_forward_hook(partial(tracer.leave, function)))
+        with torch.no_grad(), torch.random.fork_rng(devices), tracer:
+            outputs = _call(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                buffer.copy_(saved)
+    ends = [tracer.states[t] for t in _flatten(outputs) if isinstance(t, torch.Tensor) and t in tracer.states]
+    graph.end(graph.join(ends))
+    return graph.followers()
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _flatten(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _flatten(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _flatten(value)
+    else:
+        yield tree
