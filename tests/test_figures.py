@@ -184,3 +184,39 @@ def test_the_readmes_learning_rates_are_the_committed_ones():
                 assert cell == f"{line.diverged} of 5 diverged"
             else:
                 assert cell == "{:.3f} ± {:.3f}".format(*line.last_fifth_loss)
+
+
+def training_table():
+    """Of the committed study: in how many settings each rule is best or tied, by set and inputs."""
+    table = pd.read_csv(FIGURES / "fig_depth_training.csv")
+    table["loss"] = table.loss.fillna(np.inf).clip(upper=math.log(10))
+    keys = ["set", "inputs", "optimizer", "lr", "activation", "depth"]
+    means = table.groupby([*keys, "rule"]).loss.mean().unstack("rule")
+    means = means[["depth + inputs", "depth", "one layer", "He", "Glorot"]]
+    means = means[means.min(axis=1) < 2]
+    close = means.sub(means.min(axis=1), axis=0) <= 0.02
+    groups = close.groupby(["set", "inputs"])
+    return [[f"{inputs}, {group}", str(len(rows)), *(str(n) for n in rows.sum())] for (group, inputs), rows in groups]
+
+
+def test_the_readmes_training_table_is_the_committed_one():
+    rows = training_table()
+    assert _table("| inputs | settings") == rows
+    assert sum(int(row[2]) for row in rows) == 80
+    assert sum(int(row[1]) for row in rows) == 92
+
+
+def test_the_readmes_exceptions_are_the_committed_ones():
+    table = pd.read_csv(FIGURES / "fig_depth_training.csv")
+    table = table[table.set == "chosen on"].fillna({"loss": np.inf})
+    mean = table.groupby(["inputs", "optimizer", "lr", "activation", "depth", "rule"]).loss.mean()
+    first = mean["standardised", "sgd", 0.01, "relu", 3]
+    assert [f"{first[rule]:.3f}" for rule in ("depth", "He", "depth + inputs")] == ["0.556", "0.512", "0.442"]
+    assert f"{mean['standardised', 'sgd', 0.1, 'gelu', 20, 'He']:.3f}" == "0.580"
+    assert np.isinf(mean["standardised", "sgd", 0.1, "gelu", 20, "depth + inputs"])
+    adam = mean["raw", "adam", 0.001, "tanh", 50]
+    assert f"{adam['one layer']:.3f}" == "0.818"
+    assert adam.drop("one layer").min() > 1.9
+    silu = table[(table.inputs == "standardised") & (table.lr == 0.1) & (table.activation == "silu")]
+    silu = silu[(silu.depth == 6) & (silu.rule == "depth + inputs")]
+    assert np.sum(silu.loss > 2.2) == 2
