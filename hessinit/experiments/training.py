@@ -82,8 +82,8 @@ def _summary(losses: np.ndarray[Any, Any], run: Run, samples: int) -> tuple[floa
     per_epoch = math.ceil(samples / run.batch_size)
     full = len(losses) == per_epoch * run.epochs
     last = float(losses[-max(1, per_epoch // 5) :].mean()) if full else math.nan
-    ends = range(EVERY, len(losses) + 1, EVERY)
-    return last, tuple((end, float(losses[end - EVERY : end].mean())) for end in ends)
+    ends = list(range(EVERY, len(losses) + 1, EVERY)) or [len(losses)]  # a run shorter than that has one point
+    return last, tuple((end, float(losses[max(end - EVERY, 0) : end].mean())) for end in ends)
 
 
 def _train_torch(run: Run, data: Dataset) -> Result:

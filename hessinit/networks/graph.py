@@ -43,7 +43,11 @@ def takes_arrays(function: Callable[[Any], Any]) -> bool:
 
 
 def _times_argument(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda u: u * function(u)
+    def product(u: Any) -> Any:
+        values = np.asarray(function(u))
+        return (u * values).astype(values.dtype)  # the quadrature's tolerance follows the dtype
+
+    return product
 
 
 class State(NamedTuple):
