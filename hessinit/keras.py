@@ -9,6 +9,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import keras
@@ -154,12 +155,12 @@ def _layer_being_built() -> tuple[keras.Layer | None, str]:
     Keras hands an initializer a shape alone, and the same shape means different fans in a Dense layer, a depthwise
     convolution or an attention projection. The layer is in the caller's frame.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         layer = frame.f_locals.get("self")
         if frame.f_code.co_name == "add_weight" and isinstance(layer, keras.Layer):
             return layer, str(frame.f_locals.get("name"))
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None, ""
 
 

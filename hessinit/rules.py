@@ -68,20 +68,17 @@ def activation(nonlinearity: str | Activation, param: float | None = None) -> Ac
         ValueError: unknown name, or ``param`` for anything but ``"leaky_relu"``.
         TypeError: neither a name nor callable.
     """
-    if callable(nonlinearity):
-        name = None
-    elif isinstance(nonlinearity, str):
-        name = nonlinearity.lower().replace("_", "").replace("-", "")
-        name = _ALIASES.get(name, name)
-    else:
+    if not callable(nonlinearity) and not isinstance(nonlinearity, str):
         raise TypeError(f"gain: nonlinearity must be a name or a function of one array; got {nonlinearity!r}.")
+    name = "" if callable(nonlinearity) else nonlinearity.lower().replace("_", "").replace("-", "")
     if name == "leakyrelu":
         slope = NEGATIVE_SLOPE if param is None else float(param)
         return lambda u: np.where(u > 0, u, slope * u)
     if param is not None:
         raise ValueError(f"gain: param must be None unless nonlinearity is 'leaky_relu'; got {param!r}.")
-    if name is None:
-        return nonlinearity  # type: ignore[return-value]
+    if callable(nonlinearity):
+        return nonlinearity
+    name = _ALIASES.get(name, name)
     if name not in ACTIVATIONS:
         known = ", ".join(sorted([*ACTIVATIONS, "leaky_relu"]))
         raise ValueError(
@@ -137,7 +134,7 @@ def gain(nonlinearity: str | Activation = "relu", param: float | None = None, *,
     function = activation(nonlinearity, param)
     try:
         probe = np.asarray(function(_SIGNATURE))
-        return _gain(_Known(probe.tobytes(), str(nonlinearity), function), int(depth or 1))
+        return _gain(_Known(probe.tobytes(), function), int(depth or 1))
     except Exception as error:  # of any kind: the function is the caller's
         raise ValueError(f"gain: nonlinearity must have a finite gain; got {nonlinearity!r}: {error}.") from error
 
@@ -150,7 +147,6 @@ class _Known:
     """An activation that compares equal to another of the same values, so that equal layers share one quadrature."""
 
     values: bytes
-    name: str = field(compare=False)
     function: Activation = field(compare=False)
 
     def moments(self, variance: float) -> tuple[float, float]:

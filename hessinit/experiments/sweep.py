@@ -124,9 +124,10 @@ class Store:
         done = {_key(row) for row in self.rows}
         self.points = [point for point in self._load("curves.csv", CURVE_COLUMNS) if _key(point) in done]
 
-    def has(self, run: Run) -> bool:
-        """Whether the run is done."""
-        return _key(asdict(run)) in {_key(row) for row in self.rows}
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """Those of these runs that are not here yet."""
+        done = {_key(row) for row in self.rows}
+        return [run for run in runs if _key(asdict(run)) not in done]
 
     def rows_for(self, runs: Iterable[Run]) -> list[dict[str, str]]:
         """The rows of these runs, in their order, as written."""
@@ -201,7 +202,7 @@ def sweep(
     from joblib import Parallel, delayed
 
     runs = list(plan.runs(data.name))
-    missing = [run for run in runs if not store.has(run)]
+    missing = store.missing(runs)
     if jobs == 1 or len(missing) < 2:
         results: Iterable[tuple[Run, Result]] = ((run, train(run, data)) for run in missing)
     else:

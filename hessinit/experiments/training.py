@@ -43,7 +43,7 @@ class Result:
         test_accuracy: after training.
         init_seconds: time of the initialization, part of ``seconds``.
         seconds: initialization and training.
-        status: "ok", or "diverged at step N", where training stops.
+        status: "ok", or "diverged at step N"; training stops there, or at the end of that epoch.
         curve: (step, mean loss since the last point).
     """
 

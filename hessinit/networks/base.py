@@ -86,8 +86,5 @@ class Network(Protocol):
     def write(self, name: str, values: npt.NDArray[np.floating[Any]]) -> None:
         """Writes values into a parameter, cast to its dtype, on its device."""
 
-    def read(self, name: str) -> npt.NDArray[np.floating[Any]]:
-        """A parameter's values as float32 or float64."""
-
     def seed(self, generator: Any) -> int:
         """A seed from the framework's generator; from None one that follows the global random state and leaves it."""

@@ -34,12 +34,15 @@ def is_activation(function: Callable[[Any], Any]) -> bool:
     return bool(np.abs(full - line).max() > 1e-5 * (1e-3 + np.abs(full).max()))
 
 
-def takes_arrays(function: Callable[[Any], Any]) -> bool:
-    """Whether a function is one of NumPy arrays, and not of some framework's tensors."""
+def numpy_or(convert: Callable[[Any], Any], nonlinearity: Any) -> Any:
+    """Names and functions of NumPy arrays as they are; a framework's function or layer by its adapter's ``convert``."""
+    if not callable(nonlinearity):
+        return nonlinearity
     try:
-        return isinstance(function(np.zeros(1)), np.ndarray)
+        takes_arrays = isinstance(nonlinearity(np.zeros(1)), np.ndarray)
     except Exception:  # a framework's function refuses arrays in its own way
-        return False
+        takes_arrays = False
+    return nonlinearity if takes_arrays else convert(nonlinearity)
 
 
 def _times_argument(function: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -15,7 +16,7 @@ from keras import layers
 from hessinit.layout import KERAS, Layout
 from hessinit.networks import base
 from hessinit.networks.base import Follower, Parameter
-from hessinit.networks.graph import State, WeightGraph, is_activation, takes_arrays
+from hessinit.networks.graph import State, WeightGraph, is_activation, numpy_or
 from hessinit.rules import ACTIVATIONS
 
 Array = npt.NDArray[np.floating[Any]]
@@ -139,10 +140,6 @@ class KerasNetwork:
         variable = self._variables[name]
         variable.assign(keras.ops.convert_to_tensor(values, dtype=variable.dtype))
 
-    def read(self, name: str) -> Array:
-        array: Array = keras.ops.convert_to_numpy(self._variables[name].value)
-        return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
-
     def seed(self, generator: Any) -> int:
         if generator is not None:
             raise TypeError(f"init_: generator must be None for a Keras model; got {generator!r}. Use seed=.")
@@ -162,7 +159,7 @@ def as_numpy_function(function: Callable[..., Any]) -> Callable[[Any], Any] | st
 
 def numpy_nonlinearity(nonlinearity: Any) -> Any:
     """A Keras layer or function as one of NumPy arrays; names and NumPy functions are themselves."""
-    return nonlinearity if not callable(nonlinearity) or takes_arrays(nonlinearity) else as_numpy_function(nonlinearity)
+    return numpy_or(as_numpy_function, nonlinearity)
 
 
 def _acts(function: Callable[[Any], Any] | str) -> bool:
@@ -202,7 +199,7 @@ def _follow(graph: WeightGraph, inputs: list[Any], outputs: list[Any], start: li
             stack += missing
             continue
         given = [states[id(t)] for t in node.input_tensors]
-        moment = _input_moment(inputs, node.input_tensors, given, data)
+        moment = partial(_input_moment, inputs, node.input_tensors, given, data)
         results = _step(graph, operation, node.input_tensors, given, moment)
         for k, output in enumerate(node.output_tensors):
             states[id(output)] = results[k] if len(results) > 1 else results[0]
@@ -210,7 +207,7 @@ def _follow(graph: WeightGraph, inputs: list[Any], outputs: list[Any], start: li
 
 
 def _step(
-    graph: WeightGraph, operation: Any, tensors: list[Any], given: list[State], moment: float | None
+    graph: WeightGraph, operation: Any, tensors: list[Any], given: list[State], moment: Callable[[], float | None]
 ) -> list[State]:
     """One operation or layer: the states of its outputs, one for all of them where they are alike."""
     state = graph.join(given)
@@ -225,13 +222,13 @@ def _step(
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]
     if isinstance(operation, (*_ATTENTION, layers.RNN, layers.Bidirectional)):
         # Gates and projections pass signals on almost linearly.
-        return [graph.activation(graph.weights(state, weights, moment), "gates", "linear")]
+        return [graph.activation(graph.weights(state, weights, moment()), "gates", "linear")]
     if isinstance(operation, _NORM):
         return [graph.norm(state)]
     if operation._layers:  # something composed by a user
         return [graph.unknown(state)]
     if weights:
-        state = graph.weights(state, weights, moment)
+        state = graph.weights(state, weights, moment())
         tensors = [None]  # between a layer's kernel and its own activation there is no symbolic tensor
     return [_activate(graph, state, operation, tensors)]
 

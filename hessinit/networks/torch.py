@@ -14,7 +14,7 @@ from torch import nn
 from hessinit.layout import TORCH, Layout
 from hessinit.networks import base
 from hessinit.networks.base import Follower, Parameter
-from hessinit.networks.graph import takes_arrays
+from hessinit.networks.graph import numpy_or
 from hessinit.networks.torch_follow import NORM, as_numpy_function, module_order, trace
 
 Array = npt.NDArray[np.floating[Any]]
@@ -126,11 +126,6 @@ class TorchNetwork:
         with torch.no_grad():
             self._tensors[name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
 
-    def read(self, name: str) -> Array:
-        tensor = self._tensors[name].detach()
-        array: Array = tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32)).numpy()
-        return array
-
     def seed(self, generator: Any) -> int:
         if generator is None:
             generator = torch.Generator()
@@ -148,9 +143,7 @@ def draw_seed(generator: torch.Generator | None) -> int:
 
 def numpy_nonlinearity(nonlinearity: Any) -> Any:
     """A torch module or function as one of NumPy arrays; names and NumPy functions are themselves."""
-    if isinstance(nonlinearity, nn.Module):
-        return as_numpy_function(nonlinearity)
-    return nonlinearity if not callable(nonlinearity) or takes_arrays(nonlinearity) else as_numpy_function(nonlinearity)
+    return numpy_or(as_numpy_function, nonlinearity)
 
 
 def _owned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
