@@ -116,7 +116,7 @@ def init_(
     rules.gain(function)
     inputs = _inputs(batch)
     with _forward_errors(inputs):
-        network.prepare(inputs)
+        network.prepare(inputs, "init_")
     parameters = network.parameters()
     left = _left_alone(parameters, include, exclude)
     seed = _seed(network, generator, seed)

@@ -13,15 +13,17 @@ PACKAGE = Path(hessinit.__file__).parent
 
 # Each module imports only from rows above its own.
 ROWS = [
-    {"layout", "quadrature"},
-    {"rules", "draw"},
+    {"layout", "quadrature", "losses", "progress"},
+    {"rules", "draw", "batches", "spectrum"},
     {"report"},
     {"networks.base"},
-    {"networks.graph"},
-    {"networks.torch_follow"},
+    {"networks.graph", "networks.torch_autodiff", "networks.jax_autodiff", "networks.tensorflow_autodiff"},
+    {"networks.torch_follow", "networks.torch_loss", "networks.keras_autodiff", "networks.keras_loss"},
     {"networks.torch", "networks.keras"},
     {"networks"},
-    {"model"},
+    {"objective"},
+    {"operators"},
+    {"curvature", "model"},
     {"torch", "keras"},
     {""},  # the package itself: lazy names
     {"experiments"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hessinit.layout import Layout
+from hessinit.losses import Loss
+
+Array = Any  # a tensor of the framework
+Named = Mapping[str, Array]
+Function = Callable[[Named], Array]  # of the values of parameters
+Pull = Callable[[Array], dict[str, Array]]
 
 WEIGHT, BIAS, NORM_SCALE, NORM_OFFSET, OTHER = "weight", "bias", "norm scale", "norm offset", "other"
 
@@ -20,6 +27,7 @@ class Parameter:
 
     Args:
         name: unique in the model, the framework's own.
+        layer: name of the module that owns it ("model" for the model itself).
         key: names the parameter's random stream: the same in every model built alike.
         shape: as stored.
         dtype: as the framework prints it.
@@ -27,11 +35,13 @@ class Parameter:
         layout: axes of a weight, else None.
         tied_to: name of the parameter listed earlier that is this same tensor, or None.
         frozen: whether it does not train.
+        differentiable: whether it has values of a real floating-point type.
         left: why no call may write it (not materialised, parametrized, ...), or "".
         zero_row: index on the first axis that stays zero (an embedding's padding), or None.
     """
 
     name: str
+    layer: str
     key: str
     shape: tuple[int, ...]
     dtype: str
@@ -39,6 +49,7 @@ class Parameter:
     layout: Layout | None = None
     tied_to: str | None = None
     frozen: bool = False
+    differentiable: bool = True
     left: str = ""
     zero_row: int | None = None
 
@@ -60,11 +71,88 @@ class Follower:
     input_moment: float | None = None
 
 
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+def split_targets(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """A dict batch without its targets, and the targets."""
+    keys = [key for key in TARGET_KEYS if key in batch]
+    if len(keys) != 1:
+        raise ValueError(
+            f"batch must hold its targets under one of {', '.join(TARGET_KEYS)} when it is a dict; "
+            f"got keys {', '.join(map(str, batch))} (or pass forward=)"
+        )
+    return {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
+
+
+def innermost(error: BaseException, names: Mapping[int, str]) -> str:
+    """The name, by ``id``, of the innermost of some modules among the callers of what raised the error; "" if none."""
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found
+
+
+class Arrays(Protocol):
+    """The array functions of one framework, named as in NumPy; sums over an axis keep it."""
+
+    def is_array(self, x: Any, /) -> bool: ...
+    def is_floating(self, x: Array, /) -> bool: ...
+    def asarray(self, x: Any, like: Array) -> Array:
+        """X in the dtype and on the device of ``like``."""
+
+    def numpy(self, x: Array) -> npt.NDArray[Any]: ...
+    def reshape(self, x: Array, shape: Sequence[int], /) -> Array: ...
+    def concatenate(self, arrays: Sequence[Array], axis: int = 0) -> Array: ...
+    def sum(self, x: Array, axis: int | None = None) -> Array: ...
+    def dot(self, x: Array, y: Array) -> float:
+        """Sum of products of entries, added up in at least float32."""
+
+    def finite(self, x: Array) -> bool: ...
+    def exp(self, x: Array, /) -> Array: ...
+    def log(self, x: Array, /) -> Array: ...
+    def sqrt(self, x: Array, /) -> Array: ...
+    def abs(self, x: Array, /) -> Array: ...
+    def clip(self, x: Array, low: float, high: float, /) -> Array: ...
+    def where(self, condition: Array, x: Array, y: Array, /) -> Array: ...
+    def sigmoid(self, x: Array, /) -> Array: ...
+    def softplus(self, x: Array, /) -> Array: ...
+    def log_softmax(self, x: Array, axis: int) -> Array: ...
+    def one_hot(self, labels: Array, classes: int, axis: int, like: Array) -> Array: ...
+
+
+class Derivatives(Protocol):
+    """Automatic differentiation of one framework, of functions of named values.
+
+    Names that ``tangents`` or ``rows`` lack are constants. An output that does not depend on a value has derivative
+    zero, of the value's shape.
+    """
+
+    def jvp(self, f: Function, values: Named, tangents: Named) -> tuple[Array, Array]:
+        """``f(values)`` and ``J tangents``: one forward pass."""
+
+    def vjp(self, f: Function, values: Named) -> tuple[Array, Pull]:
+        """``f(values)`` and the map ``u → Jᵀ u``, which may be called again and again."""
+
+    def jvp_vjp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Array, Array, Pull]:
+        """Both, from one forward pass where the framework can share it; the pull-back gives the rows."""
+
+    def gradient(self, f: Function, values: Named) -> tuple[Array, dict[str, Array]]:
+        """``f(values)``, a scalar, and its gradient."""
+
+    def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Array, dict[str, Array]]:
+        """A scalar ``f(values)`` and the rows of ``D²f tangents``."""
+
+
 class Network(Protocol):
     """The adapter of one framework around one model."""
 
-    def prepare(self, inputs: Any) -> None:
-        """Lets a model that makes its parameters on its first call make them."""
+    arrays: Arrays
+    derivatives: Derivatives
+
+    def prepare(self, inputs: Any, function: str) -> None:
+        """Lets a model that makes its parameters on its first call make them; ``function`` is named in errors."""
 
     def parameters(self) -> Sequence[Parameter]:
         """Every parameter, in the model's order, tied ones once for each name."""
@@ -88,3 +176,41 @@ class Network(Protocol):
 
     def seed(self, generator: Any) -> int:
         """A seed from the framework's generator; from None one that follows the global random state and leaves it."""
+
+    def values(self, names: Sequence[str]) -> dict[str, Array]:
+        """The parameters themselves, not to be written to."""
+
+    def fingerprint(self) -> Any:
+        """What changes whenever a parameter or buffer that a compiled function may hold as a constant does."""
+
+    def random_state(self) -> AbstractContextManager[Any]:
+        """A context that puts the framework's global random state back."""
+
+    def pure(
+        self, training: bool | None, dropout: bool, seed: int
+    ) -> AbstractContextManager[Callable[[Named, Callable[[], Any]], Any]]:
+        """A context that gives a function of (values, run): ``run()`` with these values for parameters.
+
+        Inside, the model makes the same random choices at every call, its kernels are ones with derivatives of second
+        order, and whatever it does to its buffers and attributes is undone at the end.
+
+        Args:
+            training: the mode of all its modules; None for the framework's usual one.
+            dropout: whether dropout acts, by one mask that the seed decides.
+            seed: of the model's random choices.
+        """
+
+    def forward(self, batch: Any) -> tuple[Any, Any]:
+        """Outputs and targets of a batch: a pair (inputs, targets), or a dict with the targets among its keys."""
+
+    def targets(self, y: Any, z: Array) -> Array:
+        """Targets as an array on the device of the outputs z."""
+
+    def loss(self, loss: Any) -> Loss:
+        """A loss in any of the framework's forms, by name, or any callable."""
+
+    def first_update(self, optimizer: Any, gradient: Named) -> dict[str, Array]:
+        """What an optimizer's next step would add to the parameters, from a private copy of it."""
+
+    def where(self, error: BaseException) -> str:
+        """The name of the innermost module that an error was raised in, or ""."""

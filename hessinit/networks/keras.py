@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,9 +15,11 @@ import numpy.typing as npt
 from keras import layers
 
 from hessinit.layout import KERAS, Layout
-from hessinit.networks import base
-from hessinit.networks.base import Follower, Parameter
+from hessinit.losses import Loss
+from hessinit.networks import base, keras_loss
+from hessinit.networks.base import Follower, Named, Parameter
 from hessinit.networks.graph import State, WeightGraph, is_activation, numpy_or
+from hessinit.networks.keras_autodiff import of_backend
 from hessinit.rules import ACTIVATIONS
 
 Array = npt.NDArray[np.floating[Any]]
@@ -67,20 +70,22 @@ class KerasNetwork:
 
     def __init__(self, model: keras.Model) -> None:
         self.model = model
+        self._variables: dict[str, Any] = {}
+        self.arrays, self.derivatives = of_backend()
+        self._training = True
 
-    def prepare(self, inputs: Any) -> None:
+    def prepare(self, inputs: Any, function: str) -> None:
         if self.model.built and self.model.weights:
             return
         if inputs is None:
             raise ValueError(
-                f"init_: model {self.model.name!r} must be built; got a model without weights. "
+                f"{function}: model {self.model.name!r} must be built; got a model without weights. "
                 "Pass batch=, or call model.build(input_shape) first."
             )
         self.model(keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x[:1]), inputs))
 
     def parameters(self) -> Sequence[Parameter]:
         found: list[Parameter] = []
-        self._variables: dict[str, Any] = {}
         first: dict[int, str] = {}
         for position, (layer, variable) in enumerate(_owned_variables(self.model)):
             tied = first.setdefault(id(variable), variable.path)
@@ -90,6 +95,7 @@ class KerasNetwork:
             found.append(
                 Parameter(
                     name=variable.path,
+                    layer=variable.path.rpartition("/")[0] or "model",
                     key=f"{position}/{variable.name}",  # Keras numbers layer names by process, not by model
                     shape=tuple(variable.shape),
                     dtype=str(variable.dtype),
@@ -97,6 +103,7 @@ class KerasNetwork:
                     layout=layout,
                     tied_to=None if tied == variable.path else tied,
                     frozen=not variable.trainable,
+                    differentiable=floating,
                     left="" if floating else f"left: {variable.dtype} is not a floating-point type",
                 )
             )
@@ -146,6 +153,88 @@ class KerasNetwork:
         state = random.Random()
         state.setstate(random.getstate())
         return state.getrandbits(62)
+
+    def values(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: keras.ops.convert_to_tensor(self._variables[name].value) for name in names}
+
+    def fingerprint(self) -> Any:
+        return tuple(id(variable.value) for variable in self.model.variables)
+
+    def random_state(self) -> contextlib.AbstractContextManager[Any]:
+        if keras.backend.backend() != "torch":
+            return contextlib.nullcontext()
+        import torch
+
+        return torch.random.fork_rng([])
+
+    @contextlib.contextmanager
+    def pure(
+        self, training: bool | None, dropout: bool, seed: int
+    ) -> Iterator[Callable[[Named, Callable[[], Any]], Any]]:
+        def apply(values: Named, run: Callable[[], Any]) -> Any:
+            # Updates, of batch statistics or of the state that dropout draws from, end with the scope.
+            with keras.StatelessScope([(self._variables[name], value) for name, value in values.items()]):
+                return run()
+
+        saved = [(layer, dict(layer.__dict__)) for layer in self.model._flatten_layers()]
+        self._training = True if training is None else training
+        try:
+            for layer, attributes in saved if not dropout else []:
+                layer.__dict__.update({rate: 0.0 for rate in _RATES if isinstance(attributes.get(rate), float)})
+            with _kernels():
+                yield apply
+        finally:
+            for layer, attributes in saved:
+                layer.__dict__.update({rate: attributes[rate] for rate in _RATES if rate in attributes})
+
+    def forward(self, batch: Any) -> tuple[Any, Any]:
+        inputs, targets = base.split_targets(batch) if isinstance(batch, Mapping) else batch
+        return self.model(inputs, training=self._training), targets
+
+    def targets(self, y: Any, z: Any) -> Any:
+        y = keras.ops.convert_to_tensor(y)
+        shapes = tuple(y.shape), tuple(z.shape)
+        same = shapes[0] != shapes[1] and shapes[1] in ((*shapes[0], 1), shapes[0][:-1])
+        return keras.ops.reshape(y, z.shape) if same and 1 in (shapes[0][-1:] + shapes[1][-1:]) else y
+
+    def loss(self, loss: Any) -> Loss:
+        return keras_loss.translate(loss, self.model, self.arrays, self.derivatives)
+
+    def first_update(self, optimizer: Any, gradient: Named) -> dict[str, Any]:
+        if not isinstance(optimizer, keras.Optimizer):
+            raise TypeError(f"optimizer_or_lr must be a learning rate or a keras.Optimizer; got {optimizer!r}")
+        held = {id(self._variables[name]): g for name, g in gradient.items()}
+        variables = optimizer._trainable_variables if optimizer.built else [self._variables[n] for n in gradient]
+        # Copies, and in float64 where the backend has it, so that nothing is rounded off.
+        values = [np.array(keras.ops.convert_to_numpy(v.value), np.float64) for v in variables]
+        copies = [keras.Variable(x, dtype="float64", name=v.name) for x, v in zip(values, variables, strict=True)]
+        private = type(optimizer).from_config(optimizer.get_config())
+        private.build(copies)
+        for new, old in zip(private.variables, optimizer.variables, strict=True) if optimizer.built else []:
+            new.assign(old.value)
+        zero = keras.ops.zeros_like
+        private.apply([keras.ops.cast(held.get(id(v), zero(v.value)), "float64") for v in variables], copies)
+        moved = {
+            id(v): new.value - keras.ops.cast(v.value, new.dtype) for v, new in zip(variables, copies, strict=True)
+        }
+        own = {name: self._variables[name] for name in gradient}
+        return {n: keras.ops.cast(moved[id(v)], v.dtype) if id(v) in moved else zero(v.value) for n, v in own.items()}
+
+    def where(self, error: BaseException) -> str:
+        layers = self.model._flatten_layers()
+        return base.innermost(error, {id(layer): f"{layer.name} ({type(layer).__name__})" for layer in layers})
+
+
+def _kernels() -> contextlib.AbstractContextManager[Any]:
+    """Kernels that have derivatives of second order; of the backends only torch has others."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    from hessinit.networks.torch_autodiff import differentiable_kernels
+
+    return differentiable_kernels(recurrent=False)
+
+
+_RATES = ("rate", "dropout", "recurrent_dropout", "stddev")  # of the layers that are noise in training
 
 
 def as_numpy_function(function: Callable[..., Any]) -> Callable[[Any], Any] | str:

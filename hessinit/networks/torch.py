@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from hessinit import losses
 from hessinit.layout import TORCH, Layout
-from hessinit.networks import base
-from hessinit.networks.base import Follower, Parameter
+from hessinit.networks import base, torch_loss
+from hessinit.networks.base import Follower, Named, Parameter
 from hessinit.networks.graph import numpy_or
-from hessinit.networks.torch_follow import NORM, as_numpy_function, module_order, trace
+from hessinit.networks.torch_autodiff import TorchArrays, TorchDerivatives, pure
+from hessinit.networks.torch_follow import NORM, as_numpy_function, call, module_order, trace
 
 Array = npt.NDArray[np.floating[Any]]
 GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
@@ -73,11 +77,14 @@ def _why_left(module: nn.Module, parameter: nn.Parameter) -> str:
 class TorchNetwork:
     """A ``torch.nn.Module`` as a :class:`~hessinit.networks.base.Network`."""
 
+    arrays = TorchArrays()
+    derivatives = TorchDerivatives()
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._tensors: dict[str, nn.Parameter] = {}
 
-    def prepare(self, inputs: Any) -> None:
+    def prepare(self, inputs: Any, function: str) -> None:
         lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in self.model.parameters())
         if inputs is not None and lazy:
             trace(self.model, inputs, {})
@@ -93,6 +100,7 @@ class TorchNetwork:
             found.append(
                 Parameter(
                     name=name,
+                    layer=name.rpartition(".")[0].partition(".parametrizations")[0] or "model",
                     key=name,
                     shape=() if lazy else tuple(parameter.shape),
                     dtype=str(parameter.dtype).removeprefix("torch."),
@@ -100,6 +108,7 @@ class TorchNetwork:
                     layout=weight_layout(module, local),
                     tied_to=None if tied == name else tied,
                     frozen=not parameter.requires_grad,
+                    differentiable=not lazy and not parameter.is_meta and parameter.is_floating_point(),
                     left=_why_left(module, parameter),
                     zero_row=padding if isinstance(padding, int) else None,
                 )
@@ -133,6 +142,80 @@ class TorchNetwork:
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"init_: generator must be a torch.Generator or None; got {generator!r}.")
         return draw_seed(generator)
+
+    def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: self._tensors[name] for name in names}
+
+    def fingerprint(self) -> Any:
+        return None
+
+    def random_state(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.random.fork_rng({p.device for p in self._tensors.values() if p.device.type == "cuda"})
+
+    def pure(
+        self, training: bool | None, dropout: bool, seed: int
+    ) -> contextlib.AbstractContextManager[Callable[[Named, Callable[[], Any]], Any]]:
+        return pure(self.model, self._tensors, training, dropout, seed)
+
+    def forward(self, batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, Mapping):
+            inputs, targets = base.split_targets(batch)
+            return call(self.model, inputs), targets
+        inputs, targets = batch
+        return call(self.model, inputs), targets
+
+    def targets(self, y: Any, z: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(y, device=z.device)
+
+    def loss(self, loss: Any) -> losses.Loss:
+        return losses.named(loss, self.arrays) if isinstance(loss, str) else torch_loss.translate(loss)
+
+    def first_update(self, optimizer: Any, gradient: Named) -> dict[str, torch.Tensor]:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer_or_lr must be a learning rate or a torch.optim.Optimizer; got {optimizer!r}")
+        return _first_update(optimizer, {name: self._tensors[name] for name in gradient}, gradient)
+
+    def where(self, error: BaseException) -> str:
+        modules = self.model.named_modules()
+        return base.innermost(error, {id(m): f"{n or 'the model'} ({type(m).__name__})" for n, m in modules})
+
+
+def _first_update(optimizer: torch.optim.Optimizer, tensors: Named, gradient: Named) -> dict[str, torch.Tensor]:
+    """The next step of a copy of the optimizer on float64 copies of the parameters, so that nothing is rounded off."""
+    copies: dict[int, torch.Tensor] = {}
+    private = copy.copy(optimizer)
+    private.__dict__ = dict(optimizer.__dict__)
+    private.__dict__.pop("step", None)  # a scheduler's wrapper steps the original
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        private.__dict__[hooks] = type(getattr(optimizer, hooks))()
+
+    def doubled(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.detach().clone().double() if x.is_floating_point() else x.detach().clone()
+        return copy.deepcopy(x)
+
+    private.param_groups = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            copies[id(p)] = doubled(p).requires_grad_(p.requires_grad)
+        rest = {key: doubled(value) for key, value in group.items() if key != "params"}
+        private.param_groups.append({**rest, "params": [copies[id(p)] for p in group["params"]]})
+    private.state = type(optimizer.state)(dict)
+    for p, state in optimizer.state.items():
+        private.state[copies[id(p)]] = {key: doubled(value) for key, value in state.items()}
+    for name, p in tensors.items():
+        if id(p) in copies:
+            copies[id(p)].grad = gradient[name].detach().to(torch.float64, copy=True)
+    try:
+        private.step()
+    except TypeError as error:
+        raise TypeError(
+            f"optimizer_or_lr must take a step without a closure; {type(optimizer).__name__} does not ({error})"
+        ) from error
+    return {
+        name: (copies[id(p)].detach() - p.detach().double()).to(p.dtype) if id(p) in copies else torch.zeros_like(p)
+        for name, p in tensors.items()
+    }
 
 
 def draw_seed(generator: torch.Generator | None) -> int:

@@ -177,7 +177,7 @@ def trace(model: nn.Module, inputs: Any, names: Mapping[int, str]) -> Mapping[st
                 hooks.append(module.register_forward_pre_hook(tracer.enter))
                 hooks.append(module.register_forward_hook(partial(tracer.leave, function)))
         with torch.no_grad(), torch.random.fork_rng(devices), tracer:
-            outputs = _call(model, inputs)
+            outputs = call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -191,10 +191,11 @@ def trace(model: nn.Module, inputs: Any, names: Mapping[int, str]) -> Mapping[st
     return graph.followers()
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def call(model: nn.Module, inputs: Any) -> Any:
+    """The model's outputs for a tensor, a list or tuple of positional arguments, or a dict of keyword arguments."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def _flatten(tree: Any) -> Iterator[Any]:

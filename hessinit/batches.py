@@ -1,0 +1,83 @@
+"""What users give as data: a pair, a dict, or a loader of either, whole or in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from hessinit.progress import track
+
+
+class Batches:
+    """The batches of some data, again and again.
+
+    Args:
+        data: a pair (inputs, targets), a dict, or a loader: an iterable of either that can be read more than once.
+        is_array: whether something is a tensor of the framework.
+        progress: whether to show a bar over a loader's batches; None where standard error is a terminal.
+
+    Raises:
+        TypeError: none of these, or an iterator, which can be read but once.
+        ValueError: while iterating, a batch of no samples, or a loader without batches.
+    """
+
+    def __init__(self, data: Any, is_array: Callable[[Any], bool], progress: bool | None) -> None:
+        self.data, self._is_tensor, self._progress = data, is_array, progress
+        pair = isinstance(data, tuple) or (isinstance(data, list) and len(data) == 2 and not _nested(data[0]))
+        self.in_memory = pair or isinstance(data, Mapping) or self._is_array(data)
+        if not self.in_memory and (not hasattr(data, "__iter__") or iter(data) is data):
+            raise TypeError(
+                "batch must be a pair (inputs, targets), a dict, or a loader that can be read more than once; "
+                f"got {type(data).__name__}"
+            )
+
+    def _is_array(self, x: Any) -> bool:
+        return isinstance(x, np.ndarray) or self._is_tensor(x)
+
+    def __iter__(self) -> Iterator[Any]:
+        count = 0
+        for batch in [self.data] if self.in_memory else track(self.data, "batches", self._progress):
+            count += 1
+            if self.samples(batch) == 0:
+                raise ValueError("batch must not be empty; got no samples")
+            yield batch
+        if count == 0:
+            raise ValueError("batch must not be empty; got a loader that yields nothing")
+
+    def arrays(self, tree: Any) -> Iterator[Any]:
+        """Every array of a batch."""
+        if self._is_array(tree):
+            yield tree
+        elif isinstance(tree, (Mapping, list, tuple)):
+            for part in tree.values() if isinstance(tree, Mapping) else tree:
+                yield from self.arrays(part)
+
+    def samples(self, batch: Any) -> int | None:
+        """Length of the first axis of a batch's first array that has one; None where there is none."""
+        return next((int(x.shape[0]) for x in self.arrays(batch) if len(x.shape)), None)
+
+    def part(self, batch: Any, start: int, stop: int) -> Any:
+        """Samples start … stop of every array of a batch that has one entry a sample."""
+        return self._part(batch, self.samples(batch), start, stop)
+
+    def _part(self, tree: Any, samples: int | None, start: int, stop: int) -> Any:
+        if isinstance(tree, Mapping):
+            return {key: self._part(part, samples, start, stop) for key, part in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return type(tree)([self._part(part, samples, start, stop) for part in tree])
+        return tree[start:stop] if self._is_array(tree) and len(tree.shape) and tree.shape[0] == samples else tree
+
+    def split(self, batch: Any, size: int | None) -> Iterator[Any]:
+        """A batch in parts of at most ``size`` samples; None for the whole."""
+        samples = self.samples(batch) or 0
+        if size is None or samples <= size:
+            yield batch
+        else:
+            for start in range(0, samples, size):
+                yield self.part(batch, start, start + size)
+
+
+def _nested(x: Any) -> bool:
+    return isinstance(x, (tuple, list, Mapping))

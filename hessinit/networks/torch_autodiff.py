@@ -1,0 +1,282 @@
+"""PyTorch's arrays and derivatives, and a model as a pure function of its parameters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
+
+from hessinit.networks.base import Function, Named, Pull
+
+
+class TorchArrays:
+    """:class:`hessinit.networks.base.Arrays` of ``torch``."""
+
+    exp, log, sqrt, abs = (staticmethod(f) for f in (torch.exp, torch.log, torch.sqrt, torch.abs))
+    where, sigmoid, softplus = (staticmethod(f) for f in (torch.where, torch.sigmoid, F.softplus))
+    reshape = staticmethod(torch.reshape)
+
+    def is_array(self, x: Any) -> bool:
+        return isinstance(x, Tensor)
+
+    def is_floating(self, x: Tensor) -> bool:
+        return x.is_floating_point()
+
+    def clip(self, x: Tensor, low: float, high: float) -> Tensor:
+        return torch.clamp(x, low, high)
+
+    def asarray(self, x: Any, like: Tensor) -> Tensor:
+        return torch.as_tensor(x, dtype=like.dtype, device=like.device)
+
+    def numpy(self, x: Tensor) -> npt.NDArray[Any]:
+        x = x.detach().cpu()
+        array: npt.NDArray[Any] = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
+        return array
+
+    def concatenate(self, arrays: Sequence[Tensor], axis: int = 0) -> Tensor:
+        return torch.cat(list(arrays), dim=axis)
+
+    def sum(self, x: Tensor, axis: int | None = None) -> Tensor:
+        return torch.sum(x) if axis is None else torch.sum(x, dim=axis, keepdim=True)
+
+    def dot(self, x: Tensor, y: Tensor) -> float:
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return float(torch.dot(x.detach().reshape(-1).to(wide), y.detach().reshape(-1).to(wide)))
+
+    def finite(self, x: Tensor) -> bool:
+        return bool(torch.isfinite(x.detach()).all())
+
+    def log_softmax(self, x: Tensor, axis: int) -> Tensor:
+        return torch.log_softmax(x, dim=axis)
+
+    def one_hot(self, labels: Tensor, classes: int, axis: int, like: Tensor) -> Tensor:
+        return F.one_hot(labels.long(), classes).movedim(-1, axis).to(like.dtype)
+
+
+class TorchDerivatives:
+    """:class:`hessinit.networks.base.Derivatives` of ``torch``: dual numbers forward, autograd in reverse.
+
+    Operations without a forward-mode formula go a slower way, ``J v`` as the derivative of ``u → Jᵀu`` and ``H v`` as
+    that of the gradient, both by reverse mode twice.
+    """
+
+    def jvp(self, f: Function, values: Named, tangents: Named) -> tuple[Tensor, Tensor]:
+        try:
+            with torch.no_grad(), forward_ad.dual_level():
+                z, dz = forward_ad.unpack_dual(f(_duals(_detached(values), tangents)))
+                return z, torch.zeros_like(z) if dz is None else dz
+        except (NotImplementedError, RuntimeError) as error:
+            _unless_forward_mode(error)
+        z, dz, _ = self._jvp_in_reverse(f, values, tangents, [])
+        return z, dz
+
+    def vjp(self, f: Function, values: Named) -> tuple[Tensor, Pull]:
+        with torch.enable_grad():
+            leaves = _leaves(values)
+            z = f(leaves)
+        return z.detach(), _pull(z, leaves)
+
+    def jvp_vjp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, Tensor, Pull]:
+        try:
+            with torch.enable_grad(), forward_ad.dual_level():
+                leaves = _leaves({name: values[name] for name in rows})
+                constants = _detached({name: v for name, v in values.items() if name not in leaves})
+                z, dz = forward_ad.unpack_dual(f(_duals({**constants, **leaves}, tangents)))
+            # The pull-back runs after the dual level has ended, so the tangents cost it nothing.
+            pull = _pull(z, leaves)
+
+            def pull_or_again(cotangent: Tensor) -> dict[str, Tensor]:
+                try:
+                    return pull(cotangent)
+                except CheckpointError:  # recomputation meets other tensors without the tangents
+                    return self.vjp(lambda v: f({**constants, **v}), leaves)[1](cotangent)
+
+            return z.detach(), torch.zeros_like(z) if dz is None else dz.detach(), pull_or_again
+        except (NotImplementedError, RuntimeError) as error:
+            _unless_forward_mode(error)
+        return self._jvp_in_reverse(f, values, tangents, rows)
+
+    def gradient(self, f: Function, values: Named) -> tuple[Tensor, dict[str, Tensor]]:
+        value, pull = self.vjp(f, values)
+        return value, pull(torch.ones_like(value))
+
+    def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        try:
+            with torch.enable_grad(), forward_ad.dual_level():
+                leaves = _leaves({name: values[name] for name in rows})
+                constants = _detached({name: v for name, v in values.items() if name not in leaves})
+                value = f(_duals({**constants, **leaves}, tangents))
+                # Reverse mode inside the dual level: the gradients' tangents are the rows.
+                found = _pull(value, leaves)(torch.ones_like(forward_ad.unpack_dual(value).primal))
+                rows_found = {name: forward_ad.unpack_dual(g).tangent for name, g in found.items()}
+            zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+            return value.detach(), {n: zeros[n] if t is None else t.detach() for n, t in rows_found.items()}
+        except (NotImplementedError, RuntimeError) as error:
+            _unless_forward_mode(error)
+        with torch.enable_grad():
+            # H is symmetric: the rows of H v are the derivative of gᵀv, g and v on the tangents' names.
+            leaves = _leaves(values)
+            moved = [leaves[name] for name in tangents]
+            value = f(leaves)
+            first = torch.autograd.grad(value, moved, create_graph=True, allow_unused=True)
+            along = [torch.sum(g * t) for g, t in zip(first, tangents.values(), strict=True) if g is not None]
+            total = torch.stack(along).sum() if along else value * 0
+            return value.detach(), _pull(total, {n: leaves[n] for n in rows})(torch.ones_like(total))
+
+    def _jvp_in_reverse(
+        self, f: Function, values: Named, tangents: Named, rows: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Pull]:
+        with torch.enable_grad():
+            leaves = _leaves(values)
+            z = f(leaves)
+            moved = [leaves[name] for name in tangents]
+            dz = torch.zeros_like(z)
+            if z.requires_grad and moved:
+                weights = torch.zeros_like(z, requires_grad=True)
+                pulled = torch.autograd.grad(z, moved, weights, create_graph=True, allow_unused=True)
+                pairs = [(g, tangents[n]) for g, n in zip(pulled, tangents, strict=True) if g is not None]
+                if pairs:
+                    gradients, directions = zip(*pairs, strict=True)
+                    dz = torch.autograd.grad(gradients, weights, directions)[0]
+        return z.detach(), dz.detach(), _pull(z, {name: leaves[name] for name in rows})
+
+
+def _detached(values: Named) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _leaves(values: Named) -> dict[str, Tensor]:
+    return {name: value.detach().requires_grad_() for name, value in values.items()}
+
+
+def _duals(values: Named, tangents: Named) -> dict[str, Tensor]:
+    return {n: forward_ad.make_dual(v, tangents[n]) if n in tangents else v for n, v in values.items()}
+
+
+def _pull(z: Tensor, leaves: Mapping[str, Tensor]) -> Pull:
+    def pull(cotangent: Tensor) -> dict[str, Tensor]:
+        if not z.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        found = torch.autograd.grad(z, list(leaves.values()), cotangent, retain_graph=True, allow_unused=True)
+        return {
+            n: torch.zeros_like(leaf) if g is None else g for (n, leaf), g in zip(leaves.items(), found, strict=True)
+        }
+
+    return pull
+
+
+def _unless_forward_mode(error: Exception) -> None:
+    """Raises the error again unless it says that an operation has no forward mode."""
+    text = str(error)
+    known = ("forward AD", "forward mode", "forward-mode", "jvp", "ZeroTensor", "saved tensor hooks")
+    if not any(word in text for word in known):
+        raise error
+
+
+_DROPOUT = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
+}  # fmt: skip
+
+
+class _Differentiable(TorchFunctionMode):
+    """Operations as ones that have right second derivatives, and dropout of every form as the identity.
+
+    Args:
+        dropout: whether dropout acts.
+    """
+
+    def __init__(self, dropout: bool) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch._weight_norm:  # the fused kernel has no forward mode, and a wrong second derivative
+            v, g, dim = args
+            return v * (g / torch.norm_except_dim(v, 2, dim))
+        if not self.dropout and func in _DROPOUT:
+            return args[0] if args else kwargs["input"]
+        if not self.dropout and func is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**dict(zip(_AFTER_MASK, args[4:], strict=False)), **kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+_AFTER_MASK = ("dropout_p", "is_causal")
+
+
+@contextlib.contextmanager
+def differentiable_kernels(recurrent: bool) -> Iterator[None]:
+    """Kernels that have derivatives of second order; the global switches are put back."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if recurrent:
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags would warn of other switches
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def pure(
+    model: nn.Module, tensors: Mapping[str, Tensor], training: bool | None, dropout: bool, seed: int
+) -> Iterator[Callable[[Named, Callable[[], Any]], Any]]:
+    """See :meth:`hessinit.networks.base.Network.pure`.
+
+    Args:
+        model: the model.
+        tensors: its parameters by name; of tied ones the first name counts.
+        training: mode of all modules, or None.
+        dropout: whether dropout acts.
+        seed: of the model's random choices.
+    """
+    modules = list(model.modules())
+    names: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
+    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    places = [(m, local, names.get(id(p)), p) for m in modules for local, p in m._parameters.items() if p is not None]
+    buffers = [(m, local, b) for m in modules for local, b in m._buffers.items() if b is not None]
+    recurrent = [m for m in modules if isinstance(m, nn.RNNBase)]
+    devices = {p.device for _, _, _, p in places if p.device.type == "cuda"}
+
+    def apply(values: Named, run: Callable[[], Any]) -> Any:
+        copies = {id(b): b.detach().clone() for _, _, b in buffers}
+        for module, local, name, parameter in places:
+            # A plain tensor in a parameter's place, as in torch.func.functional_call
+            value = None if name is None else values.get(name)
+            module._parameters[local] = parameter.detach() if value is None else value  # type: ignore[assignment]
+        for module, local, buffer in buffers:
+            module._buffers[local] = copies[id(buffer)]
+        for module in recurrent:
+            module.__dict__["_flat_weights"] = [module._parameters.get(n) for n in module._flat_weights_names]
+        with torch.random.fork_rng(devices), _Differentiable(dropout):
+            torch.manual_seed(seed)
+            return run()
+
+    try:
+        for module in modules if training is not None else []:
+            module.__dict__["training"] = training
+        with differentiable_kernels(recurrent=bool(recurrent)):
+            yield apply
+    finally:
+        for module, *before in saved:
+            present: list[dict[str, Any]] = [module.__dict__, module._parameters, module._buffers]
+            for now, then in zip(present, before, strict=True):
+                now.clear()
+                now.update(then)

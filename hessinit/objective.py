@@ -1,0 +1,408 @@
+"""The mean loss of a model over a batch or a loader, as a function of its parameters, and its derivatives.
+
+Everything is a sum over loss terms divided by their number, batch by batch and chunk by chunk, so memory is that of one
+chunk and no result depends on how the data is split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hessinit.batches import Batches
+from hessinit.draw import stream
+from hessinit.losses import Custom, Loss
+from hessinit.networks import wrap
+from hessinit.networks.base import Array, Named, Network
+from hessinit.progress import track
+
+Forward = Callable[[Any, Any], tuple[Any, Any]]
+
+
+@dataclass
+class Chunk:
+    """Samples that go through the model together.
+
+    Args:
+        outputs: z as a function of parameter values.
+        total: the total loss as a function of parameter values.
+        batch: what the model is given.
+        targets: known, and found to fit, once ``outputs`` has been called.
+        shape: of z, likewise.
+    """
+
+    outputs: Callable[[Named], Array]
+    total: Callable[[Named], Array]
+    batch: Any
+    targets: Any = None
+    shape: tuple[int, ...] = ()
+
+
+class Objective:
+    """The loss of a model on data.
+
+    Args:
+        function: public function that was called, for errors.
+        model: ``torch.nn.Module`` or ``keras.Model``.
+        batch: a pair, a dict, or a loader of either.
+        loss: name, framework loss or callable.
+        forward: of (model, batch), returns outputs and targets; None for the framework's way.
+        chunk_size: samples at a time; None for whole batches.
+        training: mode of the modules; None for the framework's usual one.
+        dropout: whether dropout acts, with one fixed mask.
+        seed: of the model's random choices and of every probe.
+        progress: whether to show a bar; None where standard error is a terminal.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        model: Any,
+        batch: Any,
+        loss: Any,
+        forward: Forward | None = None,
+        chunk_size: int | None = None,
+        training: bool | None = None,
+        dropout: bool = False,
+        seed: int = 0,
+        progress: bool | None = None,
+    ) -> None:
+        self.function, self.model, self.forward, self.progress = function, model, forward, progress
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
+            raise ValueError(f"{function}: chunk_size must be a positive integer or None; got {chunk_size!r}.")
+        self.chunk_size, self.training, self.dropout, self.seed = chunk_size, training, dropout, seed
+        self.network: Network = wrap(model, function)
+        self.splits_checked = chunk_size is None
+        self._apply: Callable[[Named, Callable[[], Any]], Any]
+        self._kept: tuple[Any, list[Chunk]] | None = None
+        self.network.parameters()
+        with self.named_errors(), self._random_state():
+            self.batches = Batches(batch, self.network.arrays.is_array, progress)
+            first = next(iter(self.batches))
+            if forward is None:
+                self.network.prepare(first[0] if isinstance(first, (tuple, list)) else first, function)
+            self.loss: Loss = self.network.loss(loss)
+        self.parameters = {p.name: p for p in self.network.parameters()}
+
+    # ---- names -------------------------------------------------------------------------------------------------
+
+    def select(self, globs: str | Sequence[str] | None, argument: str = "params") -> list[str]:
+        """Names of the parameters that globs match, each tensor once, in the model's order; None for all that train.
+
+        Raises:
+            ValueError: a glob that matches nothing, or a parameter without derivatives.
+        """
+        parameters = self.parameters
+        if globs is None:
+            return [n for n, p in parameters.items() if p.tied_to is None and not p.frozen and p.differentiable]
+        chosen = set()
+        for glob in [globs] if isinstance(globs, str) else list(globs):
+            hits = [n for n in parameters if isinstance(glob, str) and fnmatch.fnmatchcase(n, glob)]
+            if not hits:
+                some = ", ".join(list(parameters)[:8]) + (", …" if len(parameters) > 8 else "")
+                raise ValueError(
+                    f"{self.function}: {argument} must be names or globs of parameters; got {glob!r}, "
+                    f"which matches none of {some}."
+                )
+            chosen |= {parameters[n].tied_to or n for n in hits}
+        for name in sorted(chosen):
+            if not parameters[name].differentiable:
+                raise ValueError(
+                    f"{self.function}: {argument} must be real floating-point parameters; got {name!r} "
+                    f"of type {parameters[name].dtype}."
+                )
+        return [n for n in parameters if n in chosen]
+
+    # ---- sums over the data --------------------------------------------------------------------------------------
+
+    def _chunks(self) -> Iterator[Chunk]:
+        """The chunks of all batches; those of data in memory are kept while the model is as it was."""
+        if not self.batches.in_memory:
+            yield from (
+                self._chunk(part) for batch in self.batches for part in self.batches.split(batch, self.chunk_size)
+            )
+            return
+        fingerprint = self.network.fingerprint()
+        if self._kept is None or self._kept[0] != fingerprint:
+            self._kept = None
+            chunks = [
+                self._chunk(part) for batch in self.batches for part in self.batches.split(batch, self.chunk_size)
+            ]
+            self._kept = fingerprint, chunks
+        yield from self._kept[1]
+
+    def _chunk(self, batch: Any) -> Chunk:
+        def outputs(values: Named) -> Array:
+            z, targets = self._apply(values, lambda: self._forward(batch))
+            z = getattr(z, "logits", z)
+            z = z["logits"] if isinstance(z, Mapping) and "logits" in z else z
+            if chunk.targets is None:
+                if not self.network.arrays.is_array(z):
+                    raise TypeError(f"outputs must be one tensor; got {type(z).__name__}. Pass forward= to choose it")
+                targets = self.network.targets(targets, z)
+                self.loss.check(z, targets)
+                chunk.targets, chunk.shape = targets, tuple(z.shape)
+            return z
+
+        def total(values: Named) -> Array:
+            z = outputs(values)
+            return self.loss.total(z, chunk.targets)
+
+        chunk = Chunk(outputs, total, batch)
+        return chunk
+
+    def _forward(self, batch: Any) -> tuple[Any, Any]:
+        if self.forward is not None:
+            return self.forward(self.model, batch)
+        if not isinstance(batch, Mapping) and len(batch) != 2:
+            raise ValueError(
+                f"batch must be a pair (inputs, targets) or a dict; got {len(batch)} parts (pass forward= for others)"
+            )
+        return self.network.forward(batch)
+
+    @contextlib.contextmanager
+    def _random_state(self) -> Iterator[None]:
+        """Puts the global random states back that a shuffling loader uses, so its order is the same every time."""
+        python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            with self.network.random_state():
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+    @contextlib.contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Errors of the user's model and data, with the function, the argument and the module in front."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError) as error:
+            text = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
+            if text.startswith(f"{self.function}:"):
+                raise
+            where = self.network.where(error)
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(
+                f"{self.function}: {text.rstrip('.')}{f', in module {where}' if where else ''}."
+            ) from error
+
+    def over_data(self, work: Callable[[Chunk], tuple[Array, Any]]) -> Any:
+        """``Σ sums / Σ count`` over the data, where work gives (an array that must be finite, sums of a chunk).
+
+        Sums are floats, arrays, or dicts of them; if the loss is a sum, nothing is divided.
+        """
+        total: Any = None
+        count = 0.0
+        with self.named_errors(), self._random_state(), self._pure() as self._apply:
+            for chunk in self._chunks():
+                if not self.splits_checked:
+                    self._check_splits(chunk)
+                finite, sums = work(chunk)
+                if not self.network.arrays.finite(finite):
+                    raise ValueError(self._not_finite(chunk))
+                count += self.loss.count(chunk.shape, chunk.targets)
+                total = sums if total is None else _add(total, sums)
+        if count == 0 and self.loss.mean:
+            raise ValueError(f"{self.function}: batch must hold a term of the loss; all are ignored or of weight zero.")
+        return _scale(total, 1 / count if self.loss.mean else 1.0)
+
+    def _pure(self) -> contextlib.AbstractContextManager[Callable[[Named, Callable[[], Any]], Any]]:
+        return self.network.pure(self.training, self.dropout, self.seed)
+
+    def _not_finite(self, chunk: Chunk) -> str:
+        arrays = self.network.arrays
+        parts = [x for x in self.batches.arrays(chunk.batch) if isinstance(x, np.ndarray) or arrays.is_floating(x)]
+        bad = any(not (np.isfinite(x).all() if isinstance(x, np.ndarray) else arrays.finite(x)) for x in parts)
+        if bad:
+            return "batch must be finite; got NaN or infinity in the data"
+        weights = [n for n, v in self.network.values(self.select(None)).items() if not arrays.finite(v)]
+        which = f"parameter {weights[0]!r} is not" if weights else "data and parameters are, the outputs are not"
+        return f"the model's outputs must be finite; {which}"
+
+    def _check_splits(self, chunk: Chunk) -> None:
+        """Raises where the outputs of a chunk depend on which samples it is computed with."""
+        n = self.batches.samples(chunk.batch) or 0
+        if n < 2:
+            return
+        whole = self._numpy_outputs(chunk)
+        halves = self.batches.split(chunk.batch, (n + 1) // 2)
+        parts = np.concatenate([self._numpy_outputs(self._chunk(half)) for half in halves])
+        tolerance = 1e-3 * (np.abs(whole).max() + 1e-30)
+        if parts.shape != whole.shape or np.abs(parts - whole).max() > tolerance:
+            raise ValueError(
+                f"{self.function}: chunk_size must be None for this model; got {self.chunk_size}. Its outputs depend "
+                "on the other samples of a batch (batch norm in training mode, samples not on the first axis, …)."
+            )
+        self.splits_checked = True
+
+    def _numpy_outputs(self, chunk: Chunk) -> Any:
+        z, _ = self.network.derivatives.jvp(chunk.outputs, {}, {})
+        return self.network.arrays.numpy(z)
+
+    # ---- derivatives -----------------------------------------------------------------------------------------------
+
+    def _values(self, *names: Iterable[str]) -> dict[str, Array]:
+        return self.network.values(list(dict.fromkeys(n for group in names for n in group)))
+
+    def value(self) -> float:
+        """The loss."""
+
+        def work(chunk: Chunk) -> tuple[Array, float]:
+            z, _ = self.network.derivatives.jvp(chunk.outputs, {}, {})
+            return z, float(self.network.arrays.numpy(self.loss.total(z, chunk.targets)))
+
+        return float(self.over_data(work))
+
+    def gradient(self, names: Sequence[str]) -> dict[str, Array]:
+        """The loss's gradient: one backward pass."""
+
+        def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
+            return self.network.derivatives.gradient(chunk.total, self._values(names))
+
+        return dict(self.over_data(work))
+
+    def quadratic_form(self, tangents: Named) -> float:
+        """``vᵀ G v``: one JVP."""
+
+        def work(chunk: Chunk) -> tuple[Array, float]:
+            z, dz = self.network.derivatives.jvp(chunk.outputs, self._values(tangents), tangents)
+            return z, self.network.arrays.dot(dz, self.loss.product(z, chunk.targets, dz))
+
+        return float(self.over_data(work))
+
+    def product(self, tangents: Named, rows: Sequence[str]) -> dict[str, Array]:
+        """Rows of ``G v``: one JVP and one VJP."""
+
+        def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
+            values = self._values(tangents, rows)
+            z, dz, pull = self.network.derivatives.jvp_vjp(chunk.outputs, values, tangents, rows)
+            return z, pull(self.loss.product(z, chunk.targets, dz))
+
+        return dict(self.over_data(work))
+
+    def exact_product(self, tangents: Named, rows: Sequence[str]) -> dict[str, Array]:
+        """Rows of ``H v``, H the exact Hessian: forward over reverse."""
+
+        def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
+            values = self._values(tangents, rows)
+            return self.network.derivatives.hvp(chunk.total, values, tangents, rows)
+
+        return dict(self.over_data(work))
+
+    def squares(self, names: Sequence[str], probe: int, reduce: Callable[[Array], Any]) -> dict[str, Any] | None:
+        """``Σ reduce(g²)`` over chunks, g = ``Jᵀ R ε`` with random signs ε: unbiased for traces and the diagonal.
+
+        One backward pass. None for a loss without an analytic root.
+        """
+        signs = stream(self.seed, "signs", str(probe))
+
+        def work(chunk: Chunk) -> tuple[Array, Any]:
+            z, pull = self.network.derivatives.vjp(chunk.outputs, self._values(names))
+            epsilon = signs.integers(0, 2, tuple(z.shape)) * 2.0 - 1.0
+            rooted = self.loss.root(z, chunk.targets, self.network.arrays.asarray(epsilon, z))
+            return z, {name: reduce(g) for name, g in pull(rooted).items()}
+
+        return None if isinstance(self.loss, Custom) else dict(self.over_data(work))
+
+    def exact_squares(self, names: Sequence[str], reduce: Callable[[Array], Any]) -> dict[str, Any]:
+        """The same sums over every column of R in place of random ones: a backward pass for each output entry.
+
+        Samples go one at a time where that changes nothing (tried out on a random direction), so that a backward pass
+        is one sample's.
+        """
+
+        def columns(chunk: Chunk) -> tuple[Array, Any]:
+            z, pull = self.network.derivatives.vjp(chunk.outputs, self._values(names))
+            sums: Any = None
+            for sign, column in self.loss.columns(z, chunk.targets):
+                new = {name: sign * reduce(g) for name, g in pull(column).items()}
+                sums = new if sums is None else _add(sums, new)
+            return z, sums
+
+        def work(chunk: Chunk) -> tuple[Array, Any]:
+            split = self._separate(chunk, names)
+            if not split:
+                return columns(chunk)
+            sums: Any = None
+            for one in track(split, "samples", self.progress):
+                _, new = columns(one)
+                sums = new if sums is None else _add(sums, new)
+            z, _ = self.network.derivatives.jvp(chunk.outputs, {}, {})
+            return z, sums
+
+        return dict(self.over_data(work))
+
+    def _separate(self, chunk: Chunk, names: Sequence[str]) -> list[Chunk]:
+        """The chunk's samples as chunks of their own if loss and network take each by itself, else []."""
+        if (self.batches.samples(chunk.batch) or 0) < 2:
+            return []
+        values = self._values(names)
+        tangents = self.random_direction(names, "separate")
+
+        def form(part: Chunk) -> float:
+            z, dz = self.network.derivatives.jvp(part.outputs, values, tangents)
+            return self.network.arrays.dot(dz, self.loss.product(z, part.targets, dz))
+
+        whole = form(chunk)
+        parts = [self._chunk(part) for part in self.batches.split(chunk.batch, 1)]
+        try:
+            alone = sum(form(part) for part in parts)
+        except Exception:  # batch norm of one sample, a model of fixed batch size, …
+            return []
+        precise = all(self.parameters[name].dtype == "float64" for name in names)
+        same = abs(alone - whole) <= (1e-6 if precise else 1e-3) * abs(whole)
+        return parts if same else []
+
+    def random_direction(self, names: Sequence[str], key: str) -> dict[str, Array]:
+        """Random signs of the parameters' shapes, the same at every call with the same key."""
+        arrays, found = self.network.arrays, {}
+        for name, value in self._values(names).items():
+            signs = stream(self.seed, key, name).integers(0, 2, tuple(value.shape)) * 2.0 - 1.0
+            found[name] = arrays.asarray(signs, value)
+        return found
+
+    def outputs_bend(self, rows: Sequence[str], cols: Sequence[str]) -> dict[str, float]:
+        """How far the outputs are from linear in a block, row by row: ``|D²(cᵀz) v|`` against ``|∇(cᵀz)| / rms(w)``.
+
+        c are random signs, v random signs on ``cols``, and z the outputs before the loss's own softmax or sigmoid. The
+        curvature effect ``D_z ℓ • D²_w z`` vanishes whatever the loss exactly when these do (with probability one).
+        """
+        arrays, values = self.network.arrays, self._values(rows, cols)
+        tangents = self.random_direction(cols, "bend")
+        weights = stream(self.seed, "outputs")
+
+        def work(chunk: Chunk) -> tuple[Array, Any]:
+            signs: list[Any] = []
+
+            def projected(v: Named) -> Array:
+                z = chunk.outputs(v)
+                natural = self.loss.natural(z, chunk.targets)
+                if not signs:
+                    signs.append(weights.integers(0, 2, tuple(natural.shape)) * 2.0 - 1.0)
+                return arrays.sum(natural * arrays.asarray(signs[0], natural))
+
+            value, first = self.network.derivatives.gradient(projected, values)
+            _, bent = self.network.derivatives.hvp(projected, values, tangents, rows)
+            rms = max((arrays.dot(v, v) / max(int(np.prod(v.shape)), 1)) ** 0.5 for v in values.values())
+            slope = max(arrays.dot(g, g) for g in first.values()) ** 0.5
+            share = (self.loss.count(chunk.shape, chunk.targets) if self.loss.mean else 1.0) * rms / (slope or 1.0)
+            return value, {name: share * arrays.dot(b, b) ** 0.5 for name, b in bent.items()}
+
+        return dict(self.over_data(work))
+
+
+def _add(x: Any, y: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {key: _add(x[key], y[key]) for key in x}
+    return x + y
+
+
+def _scale(x: Any, factor: float) -> Any:
+    if isinstance(x, Mapping):
+        return {key: _scale(part, factor) for key, part in x.items()}
+    return x * factor

@@ -1,0 +1,485 @@
+"""The Hessian of a model's loss, or any block of it, as a linear operator: approximate or exact, one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import linalg
+
+from hessinit.draw import stream
+from hessinit.networks.base import Array
+from hessinit.objective import Objective
+from hessinit.progress import track
+from hessinit.spectrum import SpectralDensity, spectral_density, spectral_norm, standard_error
+
+Globs = str | Sequence[str]
+Vector = Mapping[str, Array] | Array  # named, or flat
+ROUNDING = {"float64": 1e-6, "float32": 1e-4}  # below it a second derivative is zero; 2e-2 in half precision
+
+
+class Exactness(str):
+    """``"exact"`` or ``"approximate"``, with the reason.
+
+    Args:
+        reason: one sentence.
+    """
+
+    __slots__ = ("reason",)
+    reason: str
+
+    def __new__(cls, kind: Literal["exact", "approximate"], reason: str) -> Exactness:
+        made = super().__new__(cls, kind)
+        made.reason = reason
+        return made
+
+    def __repr__(self) -> str:
+        return f"{self}: {self.reason}"
+
+
+class Value(float):
+    """A number that knows where it is from.
+
+    Attributes:
+        standard_error: of a stochastic value; 0.0 of one that is computed in full.
+        num_probes: random vectors behind it; 0 if none.
+        exactness: whether it is that of the exact Hessian.
+    """
+
+    standard_error: float = 0.0
+    num_probes: int = 0
+    _exactness: Callable[[], Exactness]
+
+    @property
+    def exactness(self) -> Exactness:
+        return self._exactness()
+
+
+class Values(dict[str, Any]):
+    """Values by name (numbers or tensors) that know where they are from.
+
+    Attributes:
+        standard_error: by name, for stochastic values; empty for those computed in full.
+        num_probes: random vectors behind them; 0 if none.
+        exactness: by name, whether they are those of the exact Hessian.
+    """
+
+    standard_error: Mapping[str, Any] = {}
+    num_probes: int = 0
+    _exactness: Callable[[], Mapping[str, Exactness]]
+
+    @property
+    def exactness(self) -> Mapping[str, Exactness]:
+        return self._exactness()
+
+
+class Hessian:
+    """A block of the Hessian of the mean loss, rows × columns, in the order of the model's parameters.
+
+    Vectors are dicts of parameter name → tensor or flat (tensors or NumPy arrays, parameters raveled and joined in the
+    order of ``rows`` and ``cols``); the answer is of the same kind. A block of K vectors has one more axis, the last.
+
+    Cost in passes, a gradient being one forward and one backward pass and a JVP about two forward passes: quadratic
+    form one JVP; product one JVP and one backward pass; trace or diagonal by probes one gradient a probe, in full one
+    backward pass for each output entry; ``dense`` and the full Frobenius norm one product a column. The exact Hessian's
+    products are gradients under a JVP, its trace and diagonal take a product a column.
+
+    Args:
+        objective: the loss on its data.
+        rows: names of parameters.
+        cols: names of parameters.
+        exact: whether this is the exact Hessian.
+
+    References:
+        M. Skorski, "Approximating Hessians for Neural Networks", 2021, "Approximate Chain Rule". N. Schraudolph, "Fast
+        curvature matrix-vector products for second-order gradient descent", Neural Computation 2002 (products).
+        A. Griewank, A. Walther, "Evaluating Derivatives", 2008, chapter 3 (forward over reverse).
+    """
+
+    def __init__(self, objective: Objective, rows: Sequence[str], cols: Sequence[str], exact: bool) -> None:
+        self.objective, self.rows, self.cols, self.exact = objective, tuple(rows), tuple(cols), exact
+        self._shapes = {name: objective.parameters[name].shape for name in {*rows, *cols}}
+
+    def __repr__(self) -> str:
+        kind = "exact" if self.exact else "approximate"
+        return f"<{kind} Hessian of shape {self.shape}, {len(self.rows)} × {len(self.cols)} parameters>"
+
+    def _size(self, names: Sequence[str]) -> int:
+        return sum(int(np.prod(self._shapes[name])) for name in names)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of row and column entries."""
+        return self._size(self.rows), self._size(self.cols)
+
+    @property
+    def is_square(self) -> bool:
+        """Whether rows and columns are the same parameters, so that the block is symmetric."""
+        return self.rows == self.cols
+
+    @cached_property
+    def exactness(self) -> Exactness:
+        """Whether this block is that of the exact Hessian, measured at the present weights and data.
+
+        The neglected term vanishes, whatever the loss, exactly when the outputs are linear in (rows, cols): when
+        ``D²(cᵀz)`` does for random c. One Hessian-vector product of the outputs, up to rounding.
+        """
+        if self.exact:
+            return Exactness("exact", "it is the exact Hessian")
+        try:
+            bend = self.objective.outputs_bend(self.rows, self.cols)
+        except ValueError as error:
+            return Exactness("approximate", f"not checked, as second derivatives of the outputs failed ({error})")
+        tolerance = max(ROUNDING.get(self.objective.parameters[n].dtype, 2e-2) for n in (*self.rows, *self.cols))
+        bent = [name for name, size in bend.items() if size > tolerance]
+        where = "in these parameters" if self.is_square else f"between {_some(self.rows)} and {_some(self.cols)}"
+        if not bent:
+            return Exactness("exact", f"the outputs have no second derivative {where}, so no term is neglected")
+        size = max(bend.values())
+        return Exactness(
+            "approximate",
+            f"the outputs have second derivatives {where} (relative size {size:.1e}, in {_some(bent)}), "
+            "whose share of the Hessian is neglected",
+        )
+
+    def _blockwise_exactness(self) -> dict[str, Exactness]:
+        """Of each parameter's diagonal block: what traces and diagonals depend on."""
+        return {name: Hessian(self.objective, [name], [name], self.exact).exactness for name in self.rows}
+
+    def _diagonal_exactness(self) -> Exactness:
+        blocks = self._blockwise_exactness()
+        bent = [name for name, exactness in blocks.items() if exactness != "exact"]
+        if not bent:
+            reason = next(iter(blocks.values())).reason if self.exact else "every parameter's diagonal block is exact"
+            return Exactness("exact", reason)
+        return Exactness("approximate", f"the outputs have second derivatives within {_some(bent)}")
+
+    # ---- vectors ---------------------------------------------------------------------------------------------------
+
+    def flatten(self, named: Mapping[str, Array]) -> Array:
+        """Tensors of the rows or columns, by name, joined to one flat vector (or block, (n, K))."""
+        arrays = self.objective.network.arrays
+        names = self.cols if set(named) == set(self.cols) else self.rows
+        parts = []
+        for name in names:
+            extra = tuple(named[name].shape)[len(self._shapes[name]) :]
+            parts.append(arrays.reshape(named[name], (int(np.prod(self._shapes[name])), *extra)))
+        return arrays.concatenate(parts)
+
+    def unflatten(self, flat: Array) -> dict[str, Array]:
+        """A flat vector (or block) over the columns as tensors by name."""
+        return self._unflatten(flat, self.cols)
+
+    def _unflatten(self, flat: Any, names: Sequence[str]) -> dict[str, Array]:
+        objective, start, named = self.objective, 0, {}
+        values = objective.network.values(list(names))
+        for name in names:
+            shape = self._shapes[name]
+            stop = start + int(np.prod(shape))
+            part = objective.network.arrays.asarray(flat[start:stop], values[name])
+            named[name] = objective.network.arrays.reshape(part, (*shape, *flat.shape[1:]))
+            start = stop
+        return named
+
+    def _read(self, v: Any) -> tuple[dict[str, Array], int | None]:
+        """A vector over the columns as tensors by name, and the number of vectors if it is a block of them."""
+        objective = self.objective
+        arrays = objective.network.arrays
+        if not isinstance(v, Mapping):
+            if not (isinstance(v, np.ndarray) or arrays.is_array(v)):
+                raise TypeError(f"hessian: v must be a dict of tensors or one flat vector; got {type(v).__name__}.")
+            if len(v.shape) not in (1, 2) or v.shape[0] != self.shape[1]:
+                raise ValueError(
+                    f"hessian: v must be of shape ({self.shape[1]},) or ({self.shape[1]}, K); got {tuple(v.shape)}."
+                )
+            return self._unflatten(v, self.cols), v.shape[1] if len(v.shape) == 2 else None
+        if set(v) != set(self.cols):
+            wrong = sorted(set(v) ^ set(self.cols))
+            raise ValueError(f"hessian: v must have the columns' names; got {len(v)} names, wrong in {_some(wrong)}.")
+        values = objective.network.values(list(self.cols))
+        extra = tuple(v[self.cols[0]].shape)[len(self._shapes[self.cols[0]]) :]
+        for name in self.cols:
+            expected = (*self._shapes[name], *extra)
+            if tuple(v[name].shape) != expected or len(extra) > 1:
+                raise ValueError(f"hessian: v[{name!r}] must be of shape {expected[:-len(extra) or None]}, with one "
+                                 f"more axis at most; got {tuple(v[name].shape)}.")  # fmt: skip
+        return {name: arrays.asarray(v[name], values[name]) for name in self.cols}, extra[0] if extra else None
+
+    def _answer(self, named: dict[str, Array], like: Any) -> Any:
+        if isinstance(like, Mapping):
+            return named
+        arrays = self.objective.network.arrays
+        flat = arrays.concatenate([arrays.reshape(named[n], (self._size([n]), *named[n].shape[len(self._shapes[n]) :]))
+                                   for n in self.rows])  # fmt: skip
+        return arrays.numpy(flat).astype(like.dtype) if isinstance(like, np.ndarray) else flat
+
+    # ---- products --------------------------------------------------------------------------------------------------
+
+    def _product(self, tangents: Mapping[str, Array]) -> dict[str, Array]:
+        if self.exact:
+            return self.objective.exact_product(tangents, self.rows)
+        return self.objective.product(tangents, self.rows)
+
+    def __matmul__(self, v: Vector) -> Any:
+        """The product with one vector, or with each of a block of them."""
+        tangents, columns = self._read(v)
+        if columns is None:
+            return self._answer(self._product(tangents), v)
+        arrays = self.objective.network.arrays
+        products = [
+            self._product({name: tangents[name][..., k] for name in self.cols})
+            for k in track(range(columns), "products", self.objective.progress if columns > 8 else False)
+        ]
+        stacked = {
+            name: arrays.concatenate([arrays.reshape(p[name], (*self._shapes[name], 1)) for p in products], axis=-1)
+            for name in self.rows
+        }
+        return self._answer(stacked, v)
+
+    def quadratic_form(self, v: Vector) -> Value:
+        """``vᵀ G v``: one JVP, no backward pass (the exact Hessian: one product).
+
+        Raises:
+            ValueError: rows and columns differ.
+        """
+        self._square("quadratic_form")
+        tangents, columns = self._read(v)
+        if columns is not None:
+            raise ValueError(f"hessian: v must be one vector in quadratic_form; got a block of {columns}.")
+        if self.exact:
+            arrays, product = self.objective.network.arrays, self._product(tangents)
+            value = sum(arrays.dot(tangents[name], product[name]) for name in self.rows)
+        else:
+            value = self.objective.quadratic_form(tangents)
+        return self._value(value, lambda: self.exactness)
+
+    def block(self, rows: Globs, cols: Globs | None = None) -> Hessian:
+        """The part of the Hessian between some parameters: a product touches no others.
+
+        Args:
+            rows: names or globs.
+            cols: likewise; None for the rows again, a diagonal block.
+        """
+        chosen = self.objective.select(rows, "rows")
+        return Hessian(
+            self.objective, chosen, chosen if cols is None else self.objective.select(cols, "cols"), self.exact
+        )
+
+    @property
+    def T(self) -> Hessian:  # noqa: N802 - as in NumPy
+        """The transposed block."""
+        return Hessian(self.objective, self.cols, self.rows, self.exact)
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def diagonal(self, num_probes: int | None = None) -> Values:
+        """The diagonal, by name, in full or by random signs.
+
+        Args:
+            num_probes: random vectors; None computes it in full.
+
+        Returns:
+            Tensors of the parameters' shapes; with probes their standard errors in ``.standard_error``.
+        """
+        self._square("diagonal")
+        if num_probes is None:
+            values = Values(
+                {name: self._diagonal_by_columns(name) for name in self.rows}
+                if self.exact
+                else self.objective.exact_squares(self.rows, lambda g: g * g)
+            )
+        else:
+            arrays = self.objective.network.arrays
+            draws = self._probes(num_probes, lambda g: g * g, lambda v, hv: v * hv)
+            mean = {n: sum(d[n] for d in draws) / num_probes for n in self.rows}
+            values = Values(mean)
+            values.num_probes = num_probes
+            spread = {n: sum((d[n] - mean[n]) ** 2 for d in draws) / max(num_probes - 1, 1) for n in self.rows}
+            nan = float("inf") if num_probes == 1 else 1.0
+            values.standard_error = {n: nan * arrays.sqrt(spread[n] / num_probes) for n in self.rows}
+        values._exactness = self._blockwise_exactness
+        return values
+
+    def trace(self, num_probes: int | None = None) -> Value:
+        """The trace, in full or by random signs.
+
+        Args:
+            num_probes: random vectors; None computes it in full.
+        """
+        traces = self.traces(num_probes, groups={"all": self.rows})
+        value = self._value(traces["all"], self._diagonal_exactness)
+        value.num_probes, value.standard_error = traces.num_probes, traces.standard_error.get("all", 0.0)
+        return value
+
+    def traces(self, num_probes: int | None = None, groups: Mapping[str, Sequence[str]] | None = None) -> Values:
+        """The traces of diagonal blocks, all from the same passes.
+
+        Args:
+            num_probes: random vectors; None computes them in full.
+            groups: names of the parameters of each block, by a label; default: every parameter by itself.
+        """
+        self._square("traces")
+        groups = {name: [name] for name in self.rows} if groups is None else groups
+        dot, to_numpy = self.objective.network.arrays.dot, self.objective.network.arrays.numpy
+        if num_probes is not None:
+            draws = self._probes(num_probes, lambda g: dot(g, g), dot)
+        elif self.exact:
+            draws = [{n: float(np.sum(to_numpy(d), dtype=np.float64)) for n, d in self.diagonal().items()}]
+        else:
+            draws = [self.objective.exact_squares(self.rows, lambda g: dot(g, g))]
+        table = np.array([[sum(draw[name] for name in names) for names in groups.values()] for draw in draws])
+        values = Values(zip(groups, table.mean(axis=0).tolist(), strict=True))
+        if num_probes is not None:
+            values.num_probes = num_probes
+            values.standard_error = dict(zip(groups, np.atleast_1d(standard_error(table)).tolist(), strict=True))
+        values._exactness = lambda: {
+            label: Hessian(self.objective, names, names, self.exact).exactness for label, names in groups.items()
+        }
+        return values
+
+    def _diagonal_by_columns(self, name: str) -> Array:
+        """The diagonal of one parameter's block from its product with every unit vector."""
+        block, size = self.block(name), self._size([name])
+        diagonal, unit = np.zeros(size), np.zeros(size)
+        for k in track(range(size), name, self.objective.progress):
+            unit[:] = 0
+            unit[k] = 1
+            diagonal[k] = (block @ unit)[k]
+        value = self.objective.network.values([name])[name]
+        return self.objective.network.arrays.asarray(diagonal.reshape(self._shapes[name]), value)
+
+    def _probes(
+        self, num_probes: int, of_square: Callable[[Array], Any], of_pair: Callable[[Array, Array], Any]
+    ) -> list[dict[str, Any]]:
+        """One estimate of the diagonal, reduced, for each probe: from ``Jᵀ R ε``, else from v and the product H v."""
+        if isinstance(num_probes, bool) or not isinstance(num_probes, (int, np.integer)) or num_probes < 1:
+            raise ValueError(f"hessian: num_probes must be a positive integer or None; got {num_probes!r}.")
+        draws = []
+        for probe in track(range(num_probes), "probes", self.objective.progress if num_probes > 8 else False):
+            draw = None if self.exact else self.objective.squares(self.rows, probe, of_square)
+            if draw is None:  # Hutchinson: E v ⊙ H v = diag H
+                v = self.objective.random_direction(self.cols, f"probe {probe}")
+                product = self._product(v)
+                draw = {name: of_pair(v[name], product[name]) for name in self.rows}
+            draws.append(draw)
+        return draws
+
+    def norm(self, kind: Literal["fro", 2] = "fro", num_probes: int | None = None) -> Value:
+        """Frobenius or spectral norm.
+
+        Args:
+            kind: ``"fro"`` (default) or 2, the largest singular value, by Lanczos.
+            num_probes: for ``"fro"`` random vectors, ``E |G v|² = |G|²``; None computes it in full, a product for each
+                column.
+        """
+        if kind == 2:
+            start = stream(self.objective.seed, "norm").standard_normal(min(self.shape))
+            largest = spectral_norm(self.to_scipy(np.float64), self.is_square, start)
+            return self._value(largest, lambda: self.exactness)
+        if kind != "fro":
+            raise ValueError(f'hessian: kind must be "fro" or 2; got {kind!r}.')
+        dot, flat = self.objective.network.arrays.dot, np.zeros(self.shape[1])
+        if num_probes is None:
+            total = 0.0
+            for k in track(range(self.shape[1]), "columns", self.objective.progress):
+                flat[:] = 0
+                flat[k] = 1
+                total += float(np.sum(np.square(self @ flat)))
+            return self._value(total**0.5, lambda: self.exactness)
+        squares = []
+        for probe in range(num_probes):
+            product = self._product(self.objective.random_direction(self.cols, f"probe {probe}"))
+            squares.append(sum(dot(p, p) for p in product.values()))
+        value = self._value(float(np.mean(squares)) ** 0.5, lambda: self.exactness)
+        value.num_probes = num_probes
+        value.standard_error = standard_error(squares) / (2 * float(value)) if value else 0.0
+        return value
+
+    def eigsh(self, k: int = 6, which: str = "LM", **options: Any) -> tuple[Any, Any]:
+        """Some eigenvalues and eigenvectors, by ``scipy.sparse.linalg.eigsh`` (Lanczos), from a seeded start.
+
+        Args:
+            k: how many.
+            which: ``"LM"`` (largest magnitude), ``"LA"``, ``"SA"``, …, as in SciPy.
+            options: passed on (``tol``, ``ncv``, ``maxiter``).
+
+        Returns:
+            Eigenvalues of shape (k,), ascending, and eigenvectors of shape (n, k), as NumPy arrays.
+        """
+        self._square("eigsh")
+        n = self.shape[0]
+        if not 1 <= k <= n:
+            raise ValueError(f"hessian: k must be in 1 … {n}; got {k!r}.")
+        if k >= n - 1 or n <= 16:  # where Lanczos has no room
+            values, vectors = np.linalg.eigh(self.objective.network.arrays.numpy(self.dense()).astype(np.float64))
+            order = np.argsort(-np.abs(values) if which == "LM" else -values if which == "LA" else values)[:k]
+            order = np.sort(order)
+            return values[order], vectors[:, order]
+        start = stream(self.objective.seed, "eigsh").standard_normal(n)
+        values, vectors = linalg.eigsh(self.to_scipy(np.float64), k, which=which, **{"v0": start, **options})  # type: ignore[call-overload]
+        order = np.argsort(values)
+        return values[order], vectors[:, order]
+
+    def spectral_density(
+        self, num_probes: int = 4, steps: int = 40, points: int = 512, width: float | None = None
+    ) -> SpectralDensity:
+        """Density of all eigenvalues by stochastic Lanczos quadrature: num_probes × steps products.
+
+        Args:
+            num_probes: random starts.
+            steps: Lanczos steps each.
+            points: of the grid.
+            width: of the smoothing kernel; None for 1 % of the spectrum's range.
+        """
+        self._square("spectral_density")
+        rng = stream(self.objective.seed, "density")
+        starts = [rng.integers(0, 2, self.shape[0]) * 2.0 - 1.0 for _ in range(num_probes)]
+        operator = self.to_scipy(np.float64)
+        return spectral_density(operator.matvec, starts, steps, points, width)
+
+    def to_scipy(self, dtype: npt.DTypeLike | None = None) -> Any:
+        """This block as a ``scipy.sparse.linalg.LinearOperator`` on flat NumPy vectors, with its adjoint.
+
+        Args:
+            dtype: of the vectors; None for the parameters' own, or float32 if NumPy has not that.
+        """
+        widest = "float64" if any(self.objective.parameters[n].dtype == "float64" for n in self.rows) else "float32"
+        kind = np.dtype(widest if dtype is None else dtype)
+        return linalg.LinearOperator(
+            self.shape,
+            matvec=lambda v: self @ np.asarray(v, kind).ravel(),
+            rmatvec=lambda v: self.T @ np.asarray(v, kind).ravel(),
+            matmat=lambda v: self @ np.asarray(v, kind),
+            dtype=kind,
+        )
+
+    def dense(self) -> Array:
+        """The block as a matrix of the framework: a product for each column."""
+        arrays, flat = self.objective.network.arrays, np.zeros(self.shape[1])
+        columns = []
+        for k in track(range(self.shape[1]), "columns", self.objective.progress):
+            flat[:] = 0
+            flat[k] = 1
+            product = self._product(self._unflatten(flat, self.cols))
+            columns.append(arrays.concatenate([arrays.reshape(product[n], (-1, 1)) for n in self.rows]))
+        return arrays.concatenate(columns, axis=-1)
+
+    def _square(self, method: str) -> None:
+        if not self.is_square:
+            raise ValueError(
+                f"hessian: {method} needs a block with the same rows and columns; got {_some(self.rows)} × "
+                f"{_some(self.cols)}."
+            )
+
+    @staticmethod
+    def _value(value: float, exactness: Callable[[], Exactness]) -> Value:
+        made = Value(value)
+        made._exactness = exactness
+        return made
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(list(names)[:3]) + (f", … ({len(names)})" if len(names) > 3 else "")
