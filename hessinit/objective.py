@@ -186,7 +186,7 @@ class Objective:
             text = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
             if text.startswith(f"{self.function}:"):
                 raise
-            where = self.network.where(error)
+            where = self.network.where(error) or self.network.where(error.__cause__ or error)
             raise (TypeError if isinstance(error, TypeError) else ValueError)(
                 f"{self.function}: {text.rstrip('.')}{f', in module {where}' if where else ''}."
             ) from error

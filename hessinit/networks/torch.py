@@ -16,7 +16,7 @@ from torch import nn
 from hessinit import losses
 from hessinit.layout import TORCH, Layout
 from hessinit.networks import base, torch_loss
-from hessinit.networks.base import Follower, Named, Parameter
+from hessinit.networks.base import Arrays, Derivatives, Follower, Named, Parameter
 from hessinit.networks.graph import numpy_or
 from hessinit.networks.torch_autodiff import TorchArrays, TorchDerivatives, pure
 from hessinit.networks.torch_follow import NORM, as_numpy_function, call, module_order, trace
@@ -77,8 +77,8 @@ def _why_left(module: nn.Module, parameter: nn.Parameter) -> str:
 class TorchNetwork:
     """A ``torch.nn.Module`` as a :class:`~hessinit.networks.base.Network`."""
 
-    arrays = TorchArrays()
-    derivatives = TorchDerivatives()
+    arrays: Arrays = TorchArrays()
+    derivatives: Derivatives = TorchDerivatives()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy.typing as npt
 import torch
@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from hessinit.networks.base import Function, Named, Pull
+
+T = TypeVar("T")
 
 
 class TorchArrays:
@@ -70,14 +72,12 @@ class TorchDerivatives:
     """
 
     def jvp(self, f: Function, values: Named, tangents: Named) -> tuple[Tensor, Tensor]:
-        try:
+        def forward() -> tuple[Tensor, Tensor]:
             with torch.no_grad(), forward_ad.dual_level():
                 z, dz = forward_ad.unpack_dual(f(_duals(_detached(values), tangents)))
                 return z, torch.zeros_like(z) if dz is None else dz
-        except (NotImplementedError, RuntimeError) as error:
-            _unless_forward_mode(error)
-        z, dz, _ = self._jvp_in_reverse(f, values, tangents, [])
-        return z, dz
+
+        return _forward_or_reverse(forward, lambda: _jvp_in_reverse(f, values, tangents, [])[:2])
 
     def vjp(self, f: Function, values: Named) -> tuple[Tensor, Pull]:
         with torch.enable_grad():
@@ -86,10 +86,9 @@ class TorchDerivatives:
         return z.detach(), _pull(z, leaves)
 
     def jvp_vjp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, Tensor, Pull]:
-        try:
+        def forward() -> tuple[Tensor, Tensor, Pull]:
             with torch.enable_grad(), forward_ad.dual_level():
-                leaves = _leaves({name: values[name] for name in rows})
-                constants = _detached({name: v for name, v in values.items() if name not in leaves})
+                leaves, constants = _leaves_and_constants(values, rows)
                 z, dz = forward_ad.unpack_dual(f(_duals({**constants, **leaves}, tangents)))
             # The pull-back runs after the dual level has ended, so the tangents cost it nothing.
             pull = _pull(z, leaves)
@@ -101,53 +100,72 @@ class TorchDerivatives:
                     return self.vjp(lambda v: f({**constants, **v}), leaves)[1](cotangent)
 
             return z.detach(), torch.zeros_like(z) if dz is None else dz.detach(), pull_or_again
-        except (NotImplementedError, RuntimeError) as error:
-            _unless_forward_mode(error)
-        return self._jvp_in_reverse(f, values, tangents, rows)
+
+        return _forward_or_reverse(forward, lambda: _jvp_in_reverse(f, values, tangents, rows))
 
     def gradient(self, f: Function, values: Named) -> tuple[Tensor, dict[str, Tensor]]:
         value, pull = self.vjp(f, values)
         return value, pull(torch.ones_like(value))
 
     def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        try:
+        def forward() -> tuple[Tensor, dict[str, Tensor]]:
             with torch.enable_grad(), forward_ad.dual_level():
-                leaves = _leaves({name: values[name] for name in rows})
-                constants = _detached({name: v for name, v in values.items() if name not in leaves})
+                leaves, constants = _leaves_and_constants(values, rows)
                 value = f(_duals({**constants, **leaves}, tangents))
                 # Reverse mode inside the dual level: the gradients' tangents are the rows.
-                found = _pull(value, leaves)(torch.ones_like(forward_ad.unpack_dual(value).primal))
-                rows_found = {name: forward_ad.unpack_dual(g).tangent for name, g in found.items()}
-            zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-            return value.detach(), {n: zeros[n] if t is None else t.detach() for n, t in rows_found.items()}
-        except (NotImplementedError, RuntimeError) as error:
-            _unless_forward_mode(error)
-        with torch.enable_grad():
-            # H is symmetric: the rows of H v are the derivative of gᵀv, g and v on the tangents' names.
-            leaves = _leaves(values)
-            moved = [leaves[name] for name in tangents]
-            value = f(leaves)
-            first = torch.autograd.grad(value, moved, create_graph=True, allow_unused=True)
-            along = [torch.sum(g * t) for g, t in zip(first, tangents.values(), strict=True) if g is not None]
-            total = torch.stack(along).sum() if along else value * 0
-            return value.detach(), _pull(total, {n: leaves[n] for n in rows})(torch.ones_like(total))
+                gradients = _pull(value, leaves)(torch.ones_like(forward_ad.unpack_dual(value).primal))
+                found = {name: forward_ad.unpack_dual(g).tangent for name, g in gradients.items()}
+            return value.detach(), {
+                n: torch.zeros_like(leaves[n]) if t is None else t.detach() for n, t in found.items()
+            }
 
-    def _jvp_in_reverse(
-        self, f: Function, values: Named, tangents: Named, rows: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Pull]:
-        with torch.enable_grad():
-            leaves = _leaves(values)
-            z = f(leaves)
-            moved = [leaves[name] for name in tangents]
-            dz = torch.zeros_like(z)
-            if z.requires_grad and moved:
-                weights = torch.zeros_like(z, requires_grad=True)
-                pulled = torch.autograd.grad(z, moved, weights, create_graph=True, allow_unused=True)
-                pairs = [(g, tangents[n]) for g, n in zip(pulled, tangents, strict=True) if g is not None]
-                if pairs:
-                    gradients, directions = zip(*pairs, strict=True)
-                    dz = torch.autograd.grad(gradients, weights, directions)[0]
-        return z.detach(), dz.detach(), _pull(z, {name: leaves[name] for name in rows})
+        def reverse() -> tuple[Tensor, dict[str, Tensor]]:
+            # H is symmetric: the rows of H v are the derivative of gᵀv, g and v on the tangents' names.
+            with torch.enable_grad():
+                leaves = _leaves(values)
+                value = f(leaves)
+                moved = [leaves[name] for name in tangents]
+                first = torch.autograd.grad(value, moved, create_graph=True, allow_unused=True)
+                along = [torch.sum(g * t) for g, t in zip(first, tangents.values(), strict=True) if g is not None]
+                total = torch.stack(along).sum() if along else value * 0
+                return value.detach(), _pull(total, {n: leaves[n] for n in rows})(torch.ones_like(total))
+
+        return _forward_or_reverse(forward, reverse)
+
+
+def _jvp_in_reverse(f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, Tensor, Pull]:
+    """``J v`` as the derivative of ``u → uᵀJ v``."""
+    with torch.enable_grad():
+        leaves = _leaves(values)
+        z = f(leaves)
+        moved, dz = [leaves[name] for name in tangents], torch.zeros_like(z)
+        if z.requires_grad and moved:
+            u = torch.zeros_like(z, requires_grad=True)
+            pulled = torch.autograd.grad(z, moved, u, create_graph=True, allow_unused=True)
+            pairs = [(g, t) for g, t in zip(pulled, tangents.values(), strict=True) if g is not None]
+            if pairs:
+                gradients, directions = zip(*pairs, strict=True)
+                dz = torch.autograd.grad(gradients, u, directions)[0]
+    return z.detach(), dz.detach(), _pull(z, {name: leaves[name] for name in rows})
+
+
+def _forward_or_reverse(forward: Callable[[], T], reverse: Callable[[], T]) -> T:
+    """The answer in forward mode, or in reverse mode where an operation has no forward formula."""
+    try:
+        return forward()
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(word in str(error) for word in ("forward AD", "forward mode", "jvp", "ZeroTensor")):
+            raise
+        first = error
+    try:
+        return reverse()
+    except RuntimeError as second:
+        failed = " and ".join(str(error).splitlines()[0].rstrip(".") for error in (first, second))
+        raise RuntimeError(
+            f"an operation has neither a forward-mode derivative nor a second one in reverse mode ({failed}): give it "
+            "one (torch.autograd.Function.jvp, or a backward that can be differentiated), or leave out the parameters "
+            "before it with params="
+        ) from first
 
 
 def _detached(values: Named) -> dict[str, Tensor]:
@@ -156,6 +174,10 @@ def _detached(values: Named) -> dict[str, Tensor]:
 
 def _leaves(values: Named) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_() for name, value in values.items()}
+
+
+def _leaves_and_constants(values: Named, rows: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return _leaves({n: values[n] for n in rows}), _detached({n: v for n, v in values.items() if n not in rows})
 
 
 def _duals(values: Named, tangents: Named) -> dict[str, Tensor]:
@@ -172,14 +194,6 @@ def _pull(z: Tensor, leaves: Mapping[str, Tensor]) -> Pull:
         }
 
     return pull
-
-
-def _unless_forward_mode(error: Exception) -> None:
-    """Raises the error again unless it says that an operation has no forward mode."""
-    text = str(error)
-    known = ("forward AD", "forward mode", "forward-mode", "jvp", "ZeroTensor", "saved tensor hooks")
-    if not any(word in text for word in known):
-        raise error
 
 
 _DROPOUT = {
