@@ -139,7 +139,7 @@ class CrossEntropy(Loss):
                 f"targets of shape {tuple(y.shape)} do not fit outputs of shape {shape} with classes on axis {axis}: "
                 f"labels of shape {expected} or probabilities of shape {shape} do"
             )
-        if self.arrays.is_floating(y) and axis != len(shape) - 1:
+        if self.arrays.is_floating(y) and self.axis != -1:  # Keras takes whole numbers of any type
             raise ValueError(f"labels must be integers; got {y.dtype}")
         values = self.arrays.numpy(labels)
         if self.ignore_index is not None:

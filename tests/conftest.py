@@ -3,3 +3,4 @@
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel processes, on small problems

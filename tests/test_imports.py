@@ -30,6 +30,7 @@ ROWS = [
     {"experiments.data", "experiments.models"},
     {"experiments.baselines", "experiments.make_mini"},
     {"experiments.training", "experiments.plots"},
+    {"experiments.kappa"},
     {"experiments.sweep"},
     {"experiments.cli"},
 ]

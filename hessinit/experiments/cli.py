@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from hessinit.experiments.sweep import Summary
 
 app = typer.Typer(
@@ -42,13 +44,17 @@ def compare(
         ),
     ] = "auto",
     framework: Annotated[str, typer.Option(help="torch or keras (backend: KERAS_BACKEND).")] = "torch",
+    redraws: Annotated[int, typer.Option(help="Redraws of the initial weights for κ; 0 for none.")] = 100,
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder of runs.csv, curves.csv and curves.png.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Folder of runs.csv, curves.csv, curvature.csv and curves.png.")] = Path(
+        "runs"
+    ),
 ) -> None:
     """Trains the same net from each initializer, over seeds, and prints what became of it.
 
     A stopped command, given again, goes on where it was. The table has means and sample standard deviations over seeds;
-    "2 of 3" seeds means that one diverged. Train loss is that of the whole train set after training.
+    "2 of 3" seeds means that one diverged. Train loss is that of the whole train set after training. κ is the curvature
+    of the loss along each layer's gradient before training, the median over redraws.
     """
     from rich.console import Console
     from rich.progress import (
@@ -61,7 +67,8 @@ def compare(
     )
 
     from hessinit.experiments import data, plots
-    from hessinit.experiments.sweep import Plan, Store, rows_of, summaries, sweep
+    from hessinit.experiments.kappa import medians
+    from hessinit.experiments.sweep import Plan, Store, redraw, rows_of, summaries, sweep
 
     if jobs < 1:
         raise ValueError(f"compare: jobs must be at least 1; got {jobs}.")
@@ -74,6 +81,7 @@ def compare(
         problem=problem,
         optimizer=optimizer,
         framework=framework,
+        redraws=redraws,
     )
     store = Store(out)
     loaded = data.load(dataset)
@@ -95,11 +103,18 @@ def compare(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=total, completed=done)
         runs = sweep(plan, loaded, store, jobs, lambda run, result: bar.advance(task))
-    console.print(_table(summaries(store.rows_for(runs))))
-    plots.loss_curves(
-        store.points_for(runs), out / "curves.png", f"784-128-84-10 on {loaded.name}, {optimizer}, {framework}"
-    )
-    console.print(f"Wrote {out / 'runs.csv'}, {out / 'curves.csv'} and {out / 'curves.png'}", highlight=False)
+        bar.stop_task(task)
+        if redraws:
+            planned = list(plan.draws(loaded.name))
+            left = len(store.missing_draws(planned))
+            second = bar.add_task("redraws", total=len(planned), completed=len(planned) - left)
+            redraw(plan, loaded, store, jobs, lambda group: bar.advance(second, len(group)))
+    kappas = store.kappas_for(plan.draws(loaded.name))
+    console.print(_table(summaries(store.rows_for(runs)), medians(kappas)))
+    title = f"784-128-84-10 on {loaded.name}, {optimizer}, {framework}"
+    plots.comparison(store.points_for(runs), kappas, out / "curves.png", title)
+    names = ["runs.csv", "curves.csv", *(["curvature.csv"] if redraws else []), "curves.png"]
+    console.print(f"Wrote {', '.join(names)} to {out}", highlight=False)
 
 
 def _numbers(text: str) -> list[float]:
@@ -109,21 +124,27 @@ def _numbers(text: str) -> list[float]:
         raise ValueError(f"compare: lr must be numbers separated by commas; got {text!r}.") from None
 
 
-def _table(lines: list[Summary]) -> object:
+def _short(kappas: Sequence[float]) -> str:
+    """Two digits each: ``6.6/.46/1.2``."""
+    return "/".join(f"{k:.0f}" if k >= 9.95 else f"{k:#.2g}".lstrip("0") for k in kappas)
+
+
+def _table(lines: list[Summary], kappas: Mapping[tuple[str, str], Sequence[float]]) -> object:
     from rich import box
     from rich.table import Table
 
     from hessinit.experiments.baselines import INITIALIZERS
 
-    table = Table("initializer", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head in ("lr", "train loss", "test accuracy", "seconds", "seeds"):
+    table = Table("initializer", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for head in (*(["κ per layer"] if kappas else []), "lr", "train loss", "test\naccuracy", "time\nin s", "seeds"):
         table.add_column(head, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(
             f"{INITIALIZERS[line.initializer].label}, {line.activation}",
+            *([_short(kappas[line.initializer, line.activation])] if kappas else []),
             f"{line.lr:g}",
             f"{line.train_loss[0]:.3f} ± {line.train_loss[1]:.3f}",
-            f"{line.test_accuracy[0]:.3f} ± {line.test_accuracy[1]:.3f}",
+            f"{line.test_accuracy[0]:.3f}",
             f"{line.seconds:.1f}",
             f"{line.seeds - line.diverged} of {line.seeds}" if line.diverged else str(line.seeds),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -49,42 +50,87 @@ def figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4) -> 
     return made, axes
 
 
-def loss_curves(points: Sequence[dict[str, str]], path: Path, title: str = "") -> None:
-    """Train loss against step: a panel a learning rate, a line an initializer and activation, the band over seeds.
+def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]], path: Path, title: str = "") -> None:
+    """The slides' Figure 4: a row an initializer and activation; the densities of κ, and the train loss.
 
     Args:
-        points: rows of ``curves.csv``.
+        points: rows of ``curves.csv``. A column a learning rate has the mean and the band over seeds, with the means of
+            the other initializers in grey.
+        kappas: rows of ``curvature.csv``, whose column comes first; without any there is none.
         path: of the PNG.
         title: of the picture.
     """
-    curves: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    curves: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
     for point in points:
-        curve = curves.setdefault((point["initializer"], point["activation"], point["lr"]), {})
-        curve.setdefault(int(point["step"]), []).append(float(point["loss"]))
-    lrs = list(dict.fromkeys(lr for _, _, lr in curves))
-    made, axes = figure(-(-len(lrs) // 3), min(len(lrs), 3), *((8.0, 4.8) if len(lrs) == 1 else (4.2, 3.4)))
-    for (initializer, activation, lr), curve in curves.items():
-        label = f"{INITIALIZERS[initializer].label}, {activation}"
-        _band(axes.flat[lrs.index(lr)], curve, COLOURS[initializer], STYLES[activation], label)
-    for panel, lr in zip(axes.flat, lrs, strict=False):
-        panel.set(xlabel="step", ylabel="train loss", title=f"lr {lr}", yscale="log")
-        panel.yaxis.set_major_formatter("{x:.1f}")
-        panel.yaxis.set_minor_formatter("{x:.1f}")
-    for panel in list(axes.flat)[len(lrs) :]:
-        panel.remove()
+        by_lr = curves.setdefault((point["initializer"], point["activation"]), {})
+        by_lr.setdefault(point["lr"], {}).setdefault(int(point["step"]), []).append(float(point["loss"]))
+    lrs = list(dict.fromkeys(point["lr"] for point in points))
+    first = 1 if kappas else 0
+    made, axes = figure(len(curves), first + len(lrs), 4.2, 1.5)
+    for panel, top in ((panel, axes[0, column]) for row in axes[1:] for column, panel in enumerate(row)):
+        panel.sharex(top)
+    for (initializer, activation), row in zip(curves, axes, strict=True):
+        label, colour = f"{INITIALIZERS[initializer].label}, {activation}", COLOURS[initializer]
+        if kappas:
+            own = [
+                kappa for kappa in kappas if (kappa["initializer"], kappa["activation"]) == (initializer, activation)
+            ]
+            _densities(row[0], own, colour)
+            row[0].set(xscale="log", ylabel="density", ylim=(0, None))
+        for panel, lr in zip(row[first:], lrs, strict=True):
+            for other in curves.values():
+                _mean(panel, other[lr], color="0.85", linewidth=0.8)
+            _band(panel, curves[initializer, activation][lr], colour, STYLES[activation], label)
+            panel.set(yscale="log", ylabel="train loss")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
+        row[0].set_title(label, loc="left", fontweight="bold", fontsize="medium")
+    for panel in axes[:-1].flat:
+        panel.tick_params(labelbottom=False)
+    for column, panel in enumerate(axes[-1]):
+        panel.set_xlabel("step" if column >= first else "κ of the initial weights")
+    for panel, lr in zip(axes[0, first:], lrs, strict=True):
+        panel.set_title(f"lr {lr}", loc="right", fontsize="medium")
+    if kappas:
+        axes[0, 0].legend(frameon=False, fontsize="small")
     made.suptitle(title)
-    axes[0, 0].legend(frameon=False, fontsize="medium" if len(lrs) == 1 else "x-small")
-    made.savefig(path, dpi=150)
+    made.savefig(path, dpi=120)
+
+
+def _densities(axes: Axes, kappas: Sequence[dict[str, str]], colour: str) -> None:
+    """Kernel densities of log10 κ, a line a layer; a bar where all redraws are alike."""
+    from scipy.stats import gaussian_kde
+
+    layers: dict[str, list[float]] = {}
+    for row in kappas:
+        layers.setdefault(row["layer"], []).append(float(row["kappa"]))
+    for (layer, values), style in zip(layers.items(), itertools.cycle(("-", "--", ":", "-."))):
+        logs = np.log10([v for v in values if 0 < v < np.inf])
+        if len(logs) == 0:
+            continue
+        if np.ptp(logs) < 1e-6:
+            axes.axvline(10 ** logs[0], color=colour, linestyle=style, label=layer)
+            continue
+        grid = np.linspace(logs.min() - np.ptp(logs) / 3, logs.max() + np.ptp(logs) / 3, 200)
+        density = gaussian_kde(logs)(grid)
+        axes.plot(10**grid, density, style, color=colour, label=layer)
+        axes.fill_between(10**grid, density, color=colour, alpha=0.15, linewidth=0)
 
 
 def _band(axes: Axes, curve: dict[int, list[float]], colour: str, style: str, label: str) -> None:
     """Mean over seeds, and the range from the lowest to the highest seed."""
-    steps = np.array(sorted(curve))
-    losses = [np.array(curve[step]) for step in steps]
-    axes.plot(steps, [np.mean(v) for v in losses], style, color=colour, label=label, linewidth=1.6)
+    _mean(axes, curve, linestyle=style, color=colour, label=label, linewidth=1.6)
+    losses = [curve[step] for step in sorted(curve)]
     axes.fill_between(
-        steps, [v.min() for v in losses], [v.max() for v in losses], color=colour, alpha=0.15, linewidth=0
+        sorted(curve), [min(v) for v in losses], [max(v) for v in losses], color=colour, alpha=0.15, linewidth=0
     )
+
+
+def _mean(axes: Axes, curve: dict[int, list[float]], **style: Any) -> None:
+    axes.plot(sorted(curve), [np.mean(curve[step]) for step in sorted(curve)], **style)
 
 
 def figure_script(

@@ -1,4 +1,4 @@
-"""Many runs: planned, trained, and kept in two CSV files that are whole at any moment."""
+"""Many runs and redraws: planned, made, and kept in CSV files that are whole at any moment."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hessinit.experiments import models
 from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
 from hessinit.experiments.data import Dataset
+from hessinit.experiments.kappa import Redraw, measure
 from hessinit.experiments.training import Result, Run, train
 
 KEYS = [field.name for field in fields(Run)]
 COLUMNS = [*KEYS, *(field.name for field in fields(Result) if field.name != "curve")]
 CURVE_COLUMNS = [*KEYS, "step", "loss"]
+REDRAW_KEYS = [field.name for field in fields(Redraw)]
+KAPPA_COLUMNS = [*REDRAW_KEYS, "layer", "kappa"]
 FRAMEWORKS = ("torch", "keras")
 OPTIMIZERS = ("sgd",)
+
+Task = TypeVar("Task")
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid of runs: every initializer row at every learning rate and seed.
+    """A grid of runs: every initializer row at every learning rate and seed; and redraws of every row.
 
     Args:
         rows: pairs (initializer, activation).
@@ -37,10 +43,11 @@ class Plan:
         problem: a key of ``models.HIDDEN``.
         optimizer: one of ``OPTIMIZERS``.
         framework: one of ``FRAMEWORKS``.
+        redraws: of the initial weights of each row, for κ; 0 for none.
 
     Raises:
-        ValueError: an unknown name, a learning rate or a count that is not positive, or an initializer that the
-            framework does not have.
+        ValueError: an unknown name, a learning rate or a count that is not positive, negative redraws, or an
+            initializer that the framework does not have.
     """
 
     rows: Sequence[tuple[str, str]] = DEFAULT_ROWS
@@ -51,6 +58,7 @@ class Plan:
     problem: str = "mlp"
     optimizer: str = "sgd"
     framework: str = "torch"
+    redraws: int = 100
 
     def __post_init__(self) -> None:
         _one_of("problem", self.problem, models.HIDDEN)
@@ -70,6 +78,8 @@ class Plan:
         for name in ("seeds", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"compare: {name.replace('_', '-')} must be at least 1; got {getattr(self, name)!r}.")
+        if self.redraws < 0:
+            raise ValueError(f"compare: redraws must be at least 0; got {self.redraws!r}.")
 
     def runs(self, dataset: str) -> Iterator[Run]:
         """Every run; seeds vary slowest, so that all rows are there after one seed."""
@@ -86,6 +96,11 @@ class Plan:
                 self.batch_size,
                 seed,
             )
+
+    def draws(self, dataset: str) -> Iterator[Redraw]:
+        """Every redraw, row by row."""
+        for (initializer, activation), seed in itertools.product(self.rows, range(self.redraws)):
+            yield Redraw(self.problem, self.framework, dataset, initializer, activation, seed)
 
 
 def rows_of(initializers: str | None, activation: str | None, framework: str) -> Sequence[tuple[str, str]]:
@@ -104,7 +119,7 @@ def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 class Store:
-    """``runs.csv`` (a row a run) and ``curves.csv`` of one folder, replaced as a whole after each run.
+    """``runs.csv`` (a row a run), ``curves.csv`` and ``curvature.csv`` of one folder, each replaced as a whole.
 
     Raises:
         ValueError: the folder cannot be made or written, or holds other files of these names.
@@ -123,6 +138,7 @@ class Store:
         self.rows = self._load("runs.csv", COLUMNS)
         done = {_key(row) for row in self.rows}
         self.points = [point for point in self._load("curves.csv", CURVE_COLUMNS) if _key(point) in done]
+        self.kappas = self._load("curvature.csv", KAPPA_COLUMNS)
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those of these runs that are not here yet."""
@@ -147,6 +163,23 @@ class Store:
         _replace(self.folder / "curves.csv", _csv(CURVE_COLUMNS, self.points))
         _replace(self.folder / "runs.csv", _csv(COLUMNS, self.rows))
 
+    def missing_draws(self, draws: Iterable[Redraw]) -> list[Redraw]:
+        """Those of these redraws that are not here yet."""
+        done = {_key(row, REDRAW_KEYS) for row in self.kappas}
+        return [draw for draw in draws if _key(asdict(draw), REDRAW_KEYS) not in done]
+
+    def kappas_for(self, draws: Iterable[Redraw]) -> list[dict[str, str]]:
+        """The rows of ``curvature.csv`` of these redraws, one a layer."""
+        keys = {_key(asdict(draw), REDRAW_KEYS) for draw in draws}
+        return [row for row in self.kappas if _key(row, REDRAW_KEYS) in keys]
+
+    def add_kappas(self, draws: Iterable[Redraw], kappas: Iterable[Sequence[float]]) -> None:
+        """Writes κ of some redraws, a row a layer; layers are named as in the slides."""
+        for draw, values in zip(draws, kappas, strict=True):
+            key = {name: str(value) for name, value in asdict(draw).items()}
+            self.kappas += [{**key, "layer": f"dense{k}", "kappa": _text(v)} for k, v in enumerate(values, 1)]
+        _replace(self.folder / "curvature.csv", _csv(KAPPA_COLUMNS, self.kappas))
+
     def _load(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
         path = self.folder / name
         if not path.exists():
@@ -161,8 +194,8 @@ class Store:
             return list(reader)
 
 
-def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in KEYS)
+def _key(row: dict[str, Any], names: Sequence[str] = KEYS) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in names)
 
 
 def _text(value: object) -> str:
@@ -199,25 +232,54 @@ def sweep(
     Returns:
         All runs of the plan.
     """
-    from joblib import Parallel, delayed
-
     runs = list(plan.runs(data.name))
-    missing = store.missing(runs)
-    if jobs == 1 or len(missing) < 2:
-        results: Iterable[tuple[Run, Result]] = ((run, train(run, data)) for run in missing)
-    else:
-        # Copy-on-write maps: processes share the images, and torch takes them without complaint.
-        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c")
-        results = pool(delayed(_one)(run, data) for run in missing)
-    for run, result in results:
+    for run, result in _each(train, store.missing(runs), data, jobs):
         store.add(run, result)
         if on_run is not None:
             on_run(run, result)
     return runs
 
 
-def _one(run: Run, data: Dataset) -> tuple[Run, Result]:
-    return run, train(run, data)
+def redraw(
+    plan: Plan, data: Dataset, store: Store, jobs: int = 1, on_draws: Callable[[list[Redraw]], object] | None = None
+) -> list[Redraw]:
+    """Measures κ of the redraws of a plan that are not in the store yet, and stores those of a row at a time.
+
+    Args:
+        plan: what to draw.
+        data: on what.
+        store: where results are kept; redraws found there are not measured again.
+        jobs: processes, through joblib.
+        on_draws: called after each row.
+
+    Returns:
+        All redraws of the plan.
+    """
+    draws = list(plan.draws(data.name))
+    groups = itertools.groupby(store.missing_draws(draws), lambda draw: (draw.initializer, draw.activation))
+    for group, kappas in _each(measure, [list(group) for _, group in groups], data, jobs):
+        store.add_kappas(group, kappas)
+        if on_draws is not None:
+            on_draws(group)
+    return draws
+
+
+def _each(
+    work: Callable[[Task, Dataset], Outcome], tasks: Sequence[Task], data: Dataset, jobs: int
+) -> Iterable[tuple[Task, Outcome]]:
+    """Every task with what came out, as they end."""
+    from joblib import Parallel, delayed
+
+    if jobs == 1 or len(tasks) < 2:
+        return ((task, work(task, data)) for task in tasks)
+    # Copy-on-write maps: processes share the images, and torch takes them without complaint.
+    pool = Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c")
+    results: Iterable[tuple[Task, Outcome]] = pool(delayed(_one)(work, task, data) for task in tasks)
+    return results
+
+
+def _one(work: Callable[[Task, Dataset], Outcome], task: Task, data: Dataset) -> tuple[Task, Outcome]:
+    return task, work(task, data)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
+import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,8 +70,23 @@ def train(run: Run, data: Dataset) -> Result:
     return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, data)
 
 
-def _widths(run: Run, data: Dataset) -> list[int]:
-    return [data.x_train.shape[1], *models.HIDDEN[run.problem], CLASSES]
+def widths(problem: str, data: Dataset) -> list[int]:
+    """Of the net: pixels, hidden layers, classes."""
+    return [data.x_train.shape[1], *models.HIDDEN[problem], CLASSES]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch, if it is in use, on one thread: layers this small are slower on more."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    if torch:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(threads)
 
 
 def _orders(run: Run, samples: int) -> list[np.ndarray[Any, Any]]:
@@ -95,12 +113,10 @@ def _train_torch(run: Run, data: Dataset) -> Result:
     x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
     initialise = baselines.INITIALIZERS[run.initializer].torch
     assert initialise is not None  # checked when the sweep is planned
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # layers this small are slower on more
-    try:
+    with one_thread():
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
-            model = models.torch_mlp(_widths(run, data), run.activation)
+            model = models.torch_mlp(widths(run.problem, data), run.activation)
         start_init = time.perf_counter()
         initialise(model, run.activation, torch.Generator().manual_seed(run.seed))
         init_seconds = time.perf_counter() - start_init
@@ -122,8 +138,6 @@ def _train_torch(run: Run, data: Dataset) -> Result:
         with torch.no_grad():
             train_loss = float(cross_entropy(model(x), y))
             correct = model(torch.from_numpy(data.x_test)).argmax(1) == torch.from_numpy(data.y_test)
-    finally:
-        torch.set_num_threads(threads)
     last_fifth, curve = _summary(torch.stack(steps).numpy(), run, len(x))
     return Result(train_loss, last_fifth, float(correct.float().mean()), init_seconds, seconds, status, curve)
 
@@ -147,13 +161,13 @@ def _train_keras(run: Run, data: Dataset) -> Result:
                 self.model.stop_training = True
 
     steps: list[float] = []
-    widths = _widths(run, data)
+    sizes = widths(run.problem, data)
     make = baselines.INITIALIZERS[run.initializer].keras
     assert make is not None  # checked when the sweep is planned
     start = time.perf_counter()
-    depth = len(widths) - 1
+    depth = len(sizes) - 1
     initializers = [make(k, run.activation, depth, 1000 * run.seed) for k in range(depth)]
-    model = models.keras_mlp(widths, run.activation, initializers)
+    model = models.keras_mlp(sizes, run.activation, initializers)
     init_seconds = time.perf_counter() - start
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(run.lr), loss, metrics=["accuracy"])

@@ -126,6 +126,7 @@ class TorchDerivatives:
                 value = f(leaves)
                 moved = [leaves[name] for name in tangents]
                 first = torch.autograd.grad(value, moved, create_graph=True, allow_unused=True)
+                _check_differentiable(first)
                 along = [torch.sum(g * t) for g, t in zip(first, tangents.values(), strict=True) if g is not None]
                 total = torch.stack(along).sum() if along else value * 0
                 return value.detach(), _pull(total, {n: leaves[n] for n in rows})(torch.ones_like(total))
@@ -142,6 +143,7 @@ def _jvp_in_reverse(f: Function, values: Named, tangents: Named, rows: Sequence[
         if z.requires_grad and moved:
             u = torch.zeros_like(z, requires_grad=True)
             pulled = torch.autograd.grad(z, moved, u, create_graph=True, allow_unused=True)
+            _check_differentiable(pulled)
             pairs = [(g, t) for g, t in zip(pulled, tangents.values(), strict=True) if g is not None]
             if pairs:
                 gradients, directions = zip(*pairs, strict=True)
@@ -166,6 +168,23 @@ def _forward_or_reverse(forward: Callable[[], T], reverse: Callable[[], T]) -> T
             "one (torch.autograd.Function.jvp, or a backward that can be differentiated), or leave out the parameters "
             "before it with params="
         ) from first
+
+
+def _check_differentiable(tensors: Sequence[Tensor | None]) -> None:
+    """Raises RuntimeError if a backward function that cannot be differentiated is among these tensors' ancestors.
+
+    ``torch.autograd.grad`` would leave its share out without a word.
+    """
+    nodes = [t.grad_fn for t in tensors if t is not None]
+    met = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        if node.name().endswith(("Error", "NotImplemented")):
+            raise RuntimeError("a backward function cannot be differentiated")
+        nodes += [parent for parent, _ in node.next_functions]
 
 
 def _detached(values: Named) -> dict[str, Tensor]:

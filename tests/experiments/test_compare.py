@@ -12,10 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from reference import dense_truth
 from torch import nn
 
-from hessinit import rules
-from hessinit.experiments import data, models, plots, sweep, training
+from hessinit import curvature, rules
+from hessinit.experiments import cli, data, kappa, models, plots, sweep, training
 from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
 from hessinit.experiments.sweep import Plan, Store, summaries
 
@@ -158,6 +159,69 @@ def test_processes_give_the_same_results(tmp_path):
     assert losses[0] == losses[1]
 
 
+def redraws(seeds=(0,), **changed):
+    plain = {"problem": "mlp", "framework": "torch", "dataset": "first", "initializer": "slides", "activation": "relu"}
+    return [kappa.Redraw(**{**plain, **changed}, seed=seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_kappa_is_that_of_the_dense_approximate_hessian(activation, monkeypatch):
+    """Of each weight alone, along its gradient, on the first 100 images."""
+    monkeypatch.setitem(models.HIDDEN, "mlp", (5, 4))
+    few = data.Dataset("few", "here", MINI.x_train[:120, 300:308], MINI.y_train[:120], MINI.x_test, MINI.y_test)
+    (found,) = kappa.measure(redraws([3], activation=activation), few)
+    net = models.torch_mlp([8, 5, 4, 10], activation)
+    INITIALIZERS["slides"].torch(net, activation, torch.Generator().manual_seed(kappa.FIRST_SEED + 3))
+    batch = torch.from_numpy(few.x_train[:100]).double(), torch.from_numpy(few.y_train[:100])
+    for k, value in zip((0, 2, 4), found, strict=True):
+        hessian, _, g = dense_truth(net.double(), batch, nn.functional.cross_entropy, names=[f"{k}.weight"])
+        assert value == pytest.approx(float(g @ hessian @ g / (g @ g)), rel=1e-4)
+
+
+def test_a_keras_redraw_is_that_of_a_model_built_anew():
+    (_, found), (direct,) = (kappa.measure(redraws(s, framework="keras"), FIRST) for s in ([5, 2], [2]))
+    initializers = [INITIALIZERS["slides"].keras(k, "relu", 3, 1000 * (kappa.FIRST_SEED + 2)) for k in range(3)]
+    net = models.keras_mlp(WIDTHS, "relu", initializers)
+    batch = FIRST.x_train[:100], FIRST.y_train[:100]
+    anew = curvature.rayleigh(net, batch, "cross_entropy", params="*/kernel")
+    assert found == direct == pytest.approx(list(anew.values()), rel=1e-5)
+
+
+def test_redraws_are_stored_once_and_whatever_the_order(tmp_path):
+    rows = [("he_normal", "relu"), ("closed_form", "tanh")]
+    seen = []
+    draws = sweep.redraw(Plan(rows=rows, redraws=2), FIRST, Store(tmp_path), on_draws=seen.extend)
+    assert seen == draws
+    before = (tmp_path / "curvature.csv").read_text()
+    header, *lines = before.splitlines()
+    assert header == "problem,framework,dataset,initializer,activation,seed,layer,kappa"
+    assert len(lines) == 2 * 2 * 3
+    more = []
+    store = Store(tmp_path)
+    sweep.redraw(Plan(rows=rows, redraws=3), FIRST, store, on_draws=more.extend)
+    assert [(draw.initializer, draw.seed) for draw in more] == [("he_normal", 2), ("closed_form", 2)]
+    assert (tmp_path / "curvature.csv").read_text().startswith(before)
+    assert store.kappas_for(draws) == Store(tmp_path).kappas[:12]
+    two = Store(tmp_path / "two")
+    sweep.redraw(Plan(rows=rows[::-1], redraws=3), FIRST, two, jobs=2)
+    assert sorted(map(str, two.kappas)) == sorted(map(str, store.kappas))
+
+
+def test_medians_are_of_each_layer_and_leave_out_what_has_no_kappa():
+    rows = [
+        {"initializer": "a", "activation": "relu", "layer": layer, "kappa": value}
+        for layer, values in (("dense1", "1 9 nan 2"), ("dense2", "nan nan"))
+        for value in values.split()
+    ]
+    (found,) = kappa.medians(rows).items()
+    assert found == (("a", "relu"), [2.0, pytest.approx(math.nan, nan_ok=True)])
+
+
+def test_kappas_are_printed_with_two_digits():
+    assert cli._short([6.612, 0.4649, 1.2]) == "6.6/.46/1.2"
+    assert cli._short([0.0996, 9.96, 151.3]) == ".10/10/151"
+
+
 def test_summaries_are_means_and_sample_deviations():
     base = {"initializer": "a", "activation": "relu", "lr": "0.1", "seconds": "2", "test_accuracy": "0.5"}
     rows = [
@@ -183,6 +247,7 @@ def test_summaries_are_means_and_sample_deviations():
         ({"lrs": [math.nan]}, "lr must be"),
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"batch_size": -1}, "batch-size must be at least 1; got -1"),
+        ({"redraws": -1}, "redraws must be at least 0; got -1"),
     ],
 )
 def test_bad_plans_are_refused(arguments, message):
@@ -191,18 +256,33 @@ def test_bad_plans_are_refused(arguments, message):
 
 
 def test_the_picture_has_a_line_for_each_row(tmp_path, monkeypatch):
-    drawn = []
-    band = plots._band
+    drawn, densities = [], []
+    band, density = plots._band, plots._densities
     monkeypatch.setattr(plots, "_band", lambda *a: drawn.append(a[4]) or band(*a))
+    monkeypatch.setattr(plots, "_densities", lambda *a: density(*a) or densities.append(a[0].get_lines()))
     key = {"activation": "relu", "lr": "0.1", "seed": "0"}
     points = [
         {**key, "initializer": name, "step": str(step), "loss": str(1 / step)}
         for name in INITIALIZERS
         for step in (20, 40)
     ]
-    plots.loss_curves(points, tmp_path / "curves.png")
+    kappas = [
+        {**key, "initializer": name, "layer": layer, "kappa": value}
+        for name in INITIALIZERS
+        for layer, values in (("dense1", "1 2 nan 4"), ("dense2", "3 3"), ("dense3", "nan"))
+        for value in values.split()
+    ]
+    plots.comparison(points, [], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert drawn == [f"{one.label}, relu" for one in INITIALIZERS.values()]
+    assert densities == []
+    plots.comparison(points, kappas, tmp_path / "curves.png", "both columns")
+    assert drawn == 2 * [f"{one.label}, relu" for one in INITIALIZERS.values()]
+    assert [len(lines) for lines in densities] == [2] * len(INITIALIZERS)  # of dense3 there is nothing to draw
+    smooth, bar = densities[0]
+    x, y = smooth.get_xdata(), smooth.get_ydata()
+    assert np.trapezoid(y, np.log10(x)) == pytest.approx(1, abs=0.1)  # a density of log10 κ
+    assert list(bar.get_xdata()) == [3, 3]
 
 
 def command(*arguments, **keywords):
@@ -212,10 +292,13 @@ def command(*arguments, **keywords):
     )
 
 
-SHORT = ("compare", "--dataset", "fashion_mnist_mini", "--epochs", "1", "--initializers", "he_normal,closed_form")
+SHORT = (
+    *("compare", "--dataset", "fashion_mnist_mini", "--epochs", "1", "--redraws", "3"),
+    *("--initializers", "he_normal,closed_form"),
+)
 
 
-def test_the_command_prints_a_table_and_writes_three_files(tmp_path):
+def test_the_command_prints_a_table_and_writes_four_files(tmp_path):
     done = command(*SHORT, "--seeds", "2", "--lr", "0.01,0.1", "--out", str(tmp_path / "a" / "b"))
     assert done.returncode == 0, done.stderr
     assert "fashion_mnist_mini from the package: 6,000 train" in done.stdout
@@ -231,7 +314,26 @@ def test_the_command_prints_a_table_and_writes_three_files(tmp_path):
     }
     assert loss["closed_form", "0.01"] < loss["he_normal", "0.01"] - 0.1
     assert f"{loss['closed_form', '0.01']:.3f} ±" in done.stdout
-    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["curves.csv", "curves.png", "runs.csv"]
+    medians = kappa.medians(Store(tmp_path / "a" / "b").kappas)
+    assert len(medians) == 2
+    for values in medians.values():
+        assert done.stdout.count(f" {cli._short(values)} ") == 2  # a line a learning rate
+    files = ["curvature.csv", "curves.csv", "curves.png", "runs.csv"]
+    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == files
+
+
+def test_the_command_without_redraws_measures_none_and_with_them_trains_nothing_again(tmp_path):
+    done = command(*SHORT, "--seeds", "1", "--redraws", "0", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "κ" not in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.csv", "curves.png", "runs.csv"]
+    runs, picture = (tmp_path / "runs.csv").read_text(), (tmp_path / "curves.png").read_bytes()
+    done = command(*SHORT, "--seeds", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "κ per layer" in done.stdout
+    assert (tmp_path / "runs.csv").read_text() == runs
+    assert (tmp_path / "curves.png").read_bytes() != picture
+    assert len(Store(tmp_path).kappas) == 2 * 3 * 3
 
 
 def test_keras_default_rows_run_through_the_command(tmp_path):
@@ -244,8 +346,9 @@ def test_keras_default_rows_run_through_the_command(tmp_path):
         },
     )
     arguments = ("compare", "--framework", "keras", "--dataset", str(tmp_path / "few.npz"), "--seeds", "1")
-    done = command(*arguments, "--epochs", "1", "--out", str(tmp_path / "out"), env=environment)
+    done = command(*arguments, "--epochs", "1", "--redraws", "1", "--out", str(tmp_path / "out"), env=environment)
     assert done.returncode == 0, done.stderr
+    assert len(Store(tmp_path / "out").kappas) == 8 * 3
     with (tmp_path / "out" / "runs.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 8
 
@@ -258,6 +361,7 @@ def test_keras_default_rows_run_through_the_command(tmp_path):
         (["--lr", "fast"], "lr must be numbers separated by commas; got 'fast'"),
         (["--seeds", "many"], "--seeds"),
         (["--jobs", "0"], "jobs must be at least 1; got 0"),
+        (["--redraws", "-1"], "redraws must be at least 0; got -1"),
         (["--dataset", "mnist"], "dataset must be one of auto"),
         (["--out", "/dev/null/x"], "out must be a folder that can be written"),
         (["--nope"], "--nope"),
