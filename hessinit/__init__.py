@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hessinit import curvature
     from hessinit.keras import (
         HessianInit,
         HessianNormal,
@@ -38,15 +39,18 @@ __all__ = [
     "HessianTruncatedNormal",
     "HessianUniform",
     "Report",
+    "curvature",
     "init_",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "curvature":
+        return importlib.import_module("hessinit.curvature")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, "curvature"])

@@ -82,8 +82,9 @@ class Objective:
         self._apply: Callable[[Named, Callable[[], Any]], Any]
         self._kept: tuple[Any, list[Chunk]] | None = None
         self.network.parameters()
-        with self.named_errors(), self._random_state():
+        with self.named_errors():
             self.batches = Batches(batch, self.network.arrays.is_array, progress)
+        with self.named_errors(), self._random_state():
             first = next(iter(self.batches))
             if forward is None:
                 self.network.prepare(first[0] if isinstance(first, (tuple, list)) else first, function)
@@ -169,6 +170,9 @@ class Objective:
     @contextlib.contextmanager
     def _random_state(self) -> Iterator[None]:
         """Puts the global random states back that a shuffling loader uses, so its order is the same every time."""
+        if self.batches.in_memory:
+            yield
+            return
         python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
             with self.network.random_state():

@@ -182,6 +182,7 @@ def models():
         "weight norm by hooks": Case(_old_weight_norm(), (x, y)),
         "frozen": Case(_frozen(), (x, y)),
         "checkpointed": Case(Checkpointed(), (torch.randn(5, 3), _labels(5, 2))),
+        "compiled": Case(torch.compile(_mlp(nn.Tanh), backend="eager"), (x, y)),
         "no forward mode": Case(CustomFunction(), (torch.randn(5, 3), _labels(5, 2))),
     }
     return {name: Case(c.model.double(), _double(c.batch), c.loss, c.torch_loss) for name, c in table.items()}

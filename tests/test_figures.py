@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hessinit import rules
-from hessinit.experiments import plots
+from hessinit.experiments import kappa, plots
 from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
 from hessinit.experiments.sweep import Plan, Store, summaries
 
@@ -129,6 +129,43 @@ def test_the_published_comparison_is_reproduced(compared):
             assert ours.train_loss[0] + 2 * ours.train_loss[1] < theirs.train_loss[0]
 
 
+@pytest.fixture(scope="module")
+def kappas():
+    """The committed κ: medians by framework, initializer and activation, and logarithms, a column a layer."""
+    store = Store(FIGURES / "compare")
+    medians, logs = {}, {}
+    for framework in ("torch", "keras"):
+        rows = [row for row in store.kappas if row["framework"] == framework]
+        for key, values in kappa.medians(rows).items():
+            own = [float(row["kappa"]) for row in rows if (row["initializer"], row["activation"]) == key]
+            medians[framework, *key] = values
+            logs[framework, *key] = np.log(own).reshape(100, 3)
+    return medians, logs
+
+
+def test_the_published_kappas_are_reproduced(kappas):
+    """Medians over redraws of dense1, dense2 and dense3, whose own errors are not known."""
+    published = {
+        ("slides", "relu"): (6.6, 0.46, 1.2),
+        ("he_normal", "relu"): (0.50, 0.12, 0.14),
+        ("glorot_uniform", "tanh"): (1.9, 0.39, 0.14),
+        ("orthogonal", "tanh"): (0.87, 0.14, 0.10),
+    }
+    for framework in ("torch", "keras"):
+        for row, values in published.items():
+            ratios = np.array(kappas[0][framework, *row]) / values
+            assert ((ratios > 0.68) & (ratios < 1.35)).all(), (framework, row, ratios)
+
+
+def test_kappas_of_keras_are_those_of_torch(kappas):
+    """Means of log κ, within four standard errors."""
+    for initializer, activation in DEFAULT_ROWS:
+        if initializer != "torch_default":
+            one, two = (kappas[1][framework, initializer, activation] for framework in ("torch", "keras"))
+            error = np.sqrt((one.var(0, ddof=1) + two.var(0, ddof=1)) / 100)
+            assert (np.abs(one.mean(0) - two.mean(0)) < 4 * error).all(), (initializer, activation)
+
+
 def test_keras_agrees_with_torch_within_the_spread(compared):
     for initializer, activation in DEFAULT_ROWS:
         if initializer != "torch_default":
@@ -140,7 +177,9 @@ def test_the_committed_picture_is_of_the_default_comparison(tmp_path):
     store = Store(FIGURES / "compare")
     runs = list(Plan().runs("fashion_mnist"))
     assert len(store.rows_for(runs)) == len(runs)
-    plots.loss_curves(store.points_for(runs), tmp_path / "again.png")
+    kappas = store.kappas_for(Plan().draws("fashion_mnist"))
+    assert len(kappas) == len(DEFAULT_ROWS) * 100 * 3
+    plots.comparison(store.points_for(runs), kappas, tmp_path / "again.png")
     assert (FIGURES / "compare" / "curves.png").stat().st_size > 10_000
 
 
@@ -154,19 +193,20 @@ def _table(heading):
     return _rows_of(re.search(r"(\|.*\n)+", section)[0])
 
 
-def test_the_readmes_comparison_is_the_committed_one(compared):
-    rows = _table("| initializer | PyTorch")
+def test_the_readmes_comparison_is_the_committed_one(compared, kappas):
+    rows = _table("| initializer | κ")
     assert len(rows) == len(DEFAULT_ROWS)
-    for (initializer, activation), (label, torch_loss, torch_accuracy, keras_loss) in zip(
-        DEFAULT_ROWS, rows, strict=True
-    ):
+    for (initializer, activation), cells in zip(DEFAULT_ROWS, rows, strict=True):
+        label, torch_kappa, torch_loss, torch_accuracy, keras_kappa, keras_loss = cells
         line = compared["torch", initializer, activation]
         assert label.replace("*", "") == f"{INITIALIZERS[initializer].label}, {activation}"
         assert torch_loss.replace("*", "") == "{:.3f} ± {:.3f}".format(*line.train_loss)
         assert torch_accuracy.replace("*", "") == f"{line.test_accuracy[0]:.3f}"
+        assert torch_kappa.replace("*", "") == kappa.as_text(kappas[0]["torch", initializer, activation])
         if initializer != "torch_default":
             keras_line = compared["keras", initializer, activation]
             assert keras_loss.replace("*", "") == "{:.3f} ± {:.3f}".format(*keras_line.train_loss)
+            assert keras_kappa.replace("*", "") == kappa.as_text(kappas[0]["keras", initializer, activation])
 
 
 def test_the_readmes_learning_rates_are_the_committed_ones():

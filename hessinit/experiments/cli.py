@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -124,16 +125,12 @@ def _numbers(text: str) -> list[float]:
         raise ValueError(f"compare: lr must be numbers separated by commas; got {text!r}.") from None
 
 
-def _short(kappas: Sequence[float]) -> str:
-    """Two digits each: ``6.6/.46/1.2``."""
-    return "/".join(f"{k:.0f}" if k >= 9.95 else f"{k:#.2g}".lstrip("0") for k in kappas)
-
-
 def _table(lines: list[Summary], kappas: Mapping[tuple[str, str], Sequence[float]]) -> object:
     from rich import box
     from rich.table import Table
 
     from hessinit.experiments.baselines import INITIALIZERS
+    from hessinit.experiments.kappa import as_text
 
     table = Table("initializer", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for head in (*(["κ per layer"] if kappas else []), "lr", "train loss", "test\naccuracy", "time\nin s", "seeds"):
@@ -141,7 +138,7 @@ def _table(lines: list[Summary], kappas: Mapping[tuple[str, str], Sequence[float
     for line in lines:
         table.add_row(
             f"{INITIALIZERS[line.initializer].label}, {line.activation}",
-            *([_short(kappas[line.initializer, line.activation])] if kappas else []),
+            *([as_text(kappas[line.initializer, line.activation])] if kappas else []),
             f"{line.lr:g}",
             f"{line.train_loss[0]:.3f} ± {line.train_loss[1]:.3f}",
             f"{line.test_accuracy[0]:.3f}",
@@ -153,6 +150,8 @@ def _table(lines: list[Summary], kappas: Mapping[tuple[str, str], Sequence[float
 
 def main() -> None:
     """Runs the command line: exit code 2 and one line for bad input, 130 for an interruption."""
+    # Read when NumPy is loaded. Beside other work, matrices this small take a hundred times longer on two threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
         if code != 130:  # typer's word for an interruption

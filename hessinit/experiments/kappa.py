@@ -54,6 +54,16 @@ def medians(rows: Sequence[Mapping[str, str]]) -> dict[tuple[str, str], list[flo
     }
 
 
+def as_text(kappas: Sequence[float]) -> str:
+    """Two digits a layer.
+
+    Example:
+        >>> as_text([6.612, 0.4649, 0.0996, 151.3])
+        '6.6/.46/.10/151'
+    """
+    return "/".join(f"{k:.0f}" if k >= 9.95 else f"{k:#.2g}".lstrip("0") for k in kappas)
+
+
 def _torch_kappas(redraws: Sequence[Redraw], data: Dataset) -> Iterator[curvature.Values]:
     import torch
 

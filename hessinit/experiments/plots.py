@@ -114,8 +114,10 @@ def _densities(axes: Axes, kappas: Sequence[dict[str, str]], colour: str) -> Non
         if np.ptp(logs) < 1e-6:
             axes.axvline(10 ** logs[0], color=colour, linestyle=style, label=layer)
             continue
-        grid = np.linspace(logs.min() - np.ptp(logs) / 3, logs.max() + np.ptp(logs) / 3, 200)
-        density = gaussian_kde(logs)(grid)
+        kernels = gaussian_kde(logs)
+        tail = 3 * np.sqrt(kernels.covariance[0, 0])
+        grid = np.linspace(logs.min() - tail, logs.max() + tail, 200)
+        density = kernels(grid)
         axes.plot(10**grid, density, style, color=colour, label=layer)
         axes.fill_between(10**grid, density, color=colour, alpha=0.15, linewidth=0)
 

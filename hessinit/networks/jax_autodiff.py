@@ -36,11 +36,11 @@ class JaxDerivatives:
         def derivative(values: Named, tangents: Named) -> Any:
             return jax.jvp(lambda v: f({**values, **v}), ({n: values[n] for n in tangents},), (dict(tangents),))
 
-        z, dz = self._compiled(f, "jvp", derivative)(dict(values), dict(tangents))
+        z, dz = self._compiled(f, ("jvp", *tangents), derivative)(dict(values), dict(tangents))
         return z, dz
 
     def vjp(self, f: Function, values: Named) -> tuple[Any, Pull]:
-        z, pull = self._compiled(f, "vjp", lambda values: jax.vjp(f, values))(dict(values))
+        z, pull = self._compiled(f, ("vjp", *values), lambda values: jax.vjp(f, values))(dict(values))
         return z, lambda cotangent: dict(_pull_compiled(pull, cotangent))
 
     def jvp_vjp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Any, Any, Pull]:
@@ -50,11 +50,11 @@ class JaxDerivatives:
             z, pull = jax.vjp(lambda v: f({**values, **v}), {name: values[name] for name in rows})
             return z, dz, pull
 
-        z, dz, pull = self._compiled(f, ("jvp_vjp", tuple(rows)), derivative)(dict(values), dict(tangents))
+        z, dz, pull = self._compiled(f, ("jvp_vjp", *tangents, None, *rows), derivative)(dict(values), dict(tangents))
         return z, dz, lambda cotangent: dict(_pull_compiled(pull, cotangent))
 
     def gradient(self, f: Function, values: Named) -> tuple[Any, dict[str, Any]]:
-        value, gradient = self._compiled(f, "gradient", jax.value_and_grad(f))(dict(values))
+        value, gradient = self._compiled(f, ("gradient", *values), jax.value_and_grad(f))(dict(values))
         return value, dict(gradient)
 
     def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Any, dict[str, Any]]:
@@ -66,5 +66,5 @@ class JaxDerivatives:
             (value, _), (_, product) = jax.jvp(gradient, ({n: values[n] for n in tangents},), (dict(tangents),))
             return value, product
 
-        value, product = self._compiled(f, ("hvp", tuple(rows)), derivative)(dict(values), dict(tangents))
+        value, product = self._compiled(f, ("hvp", *tangents, None, *rows), derivative)(dict(values), dict(tangents))
         return value, dict(product)

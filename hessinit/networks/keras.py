@@ -161,11 +161,7 @@ class KerasNetwork:
         return tuple(id(variable.value) for variable in self.model.variables)
 
     def random_state(self) -> contextlib.AbstractContextManager[Any]:
-        if keras.backend.backend() != "torch":
-            return contextlib.nullcontext()
-        import torch
-
-        return torch.random.fork_rng([])
+        return _torch_seeded(None)
 
     @contextlib.contextmanager
     def pure(
@@ -173,7 +169,8 @@ class KerasNetwork:
     ) -> Iterator[Callable[[Named, Callable[[], Any]], Any]]:
         def apply(values: Named, run: Callable[[], Any]) -> Any:
             # Updates, of batch statistics or of the state that dropout draws from, end with the scope.
-            with keras.StatelessScope([(self._variables[name], value) for name, value in values.items()]):
+            scope = keras.StatelessScope([(self._variables[name], value) for name, value in values.items()])
+            with scope, _torch_seeded(seed):
                 return run()
 
         saved = [(layer, dict(layer.__dict__)) for layer in self.model._flatten_layers()]
@@ -225,13 +222,31 @@ class KerasNetwork:
         return base.innermost(error, {id(layer): f"{layer.name} ({type(layer).__name__})" for layer in layers})
 
 
-def _kernels() -> contextlib.AbstractContextManager[Any]:
-    """Kernels that have derivatives of second order; of the backends only torch has others."""
+@contextlib.contextmanager
+def _torch_seeded(seed: int | None) -> Iterator[None]:
+    """On the torch backend, of which dropout uses the global random state: seeded if asked for, and put back."""
     if keras.backend.backend() != "torch":
-        return contextlib.nullcontext()
-    from hessinit.networks.torch_autodiff import differentiable_kernels
+        yield
+        return
+    import torch
 
-    return differentiable_kernels(recurrent=False)
+    with torch.random.fork_rng([]):
+        if seed is not None:
+            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        yield
+
+
+def _kernels() -> contextlib.AbstractContextManager[Any]:
+    """Kernels of the backend that have derivatives of second order."""
+    if keras.backend.backend() == "torch":
+        from hessinit.networks.torch_autodiff import differentiable_kernels
+
+        return differentiable_kernels(recurrent=False, compiled=False)
+    if keras.backend.backend() == "tensorflow":
+        from hessinit.networks.tensorflow_autodiff import differentiable_moments
+
+        return differentiable_moments()
+    return contextlib.nullcontext()
 
 
 _RATES = ("rate", "dropout", "recurrent_dropout", "stddev")  # of the layers that are noise in training

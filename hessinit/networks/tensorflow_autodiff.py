@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -50,6 +51,26 @@ class TensorFlowDerivatives:
                 value = f(held)
             gradients = _pull(tape, value, sources)(tf.ones_like(value))
         return value, {name: _or_zeros(accumulator.jvp(g), g) for name, g in gradients.items()}
+
+
+@contextlib.contextmanager
+def differentiable_moments() -> Iterator[None]:
+    """Batch and layer statistics with right second derivatives.
+
+    ``tf.nn.moments``, which Keras's norm layers call, stops the gradient of the mean inside the variance: the first
+    derivative is right, as deviations sum to zero, and the second lacks a term.
+    """
+
+    def moments(x: Any, axes: Any, shift: Any = None, keepdims: bool = False, name: str | None = None) -> Any:
+        mean = tf.reduce_mean(x, axis=axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(x - mean), axis=axes, keepdims=keepdims)
+        return (mean if keepdims else tf.squeeze(mean, axis=axes)), variance
+
+    original, tf.nn.moments = tf.nn.moments, moments
+    try:
+        yield
+    finally:
+        tf.nn.moments = original
 
 
 def _tensors(values: Named) -> dict[str, Any]:

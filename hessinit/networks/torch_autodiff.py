@@ -250,14 +250,15 @@ _AFTER_MASK = ("dropout_p", "is_causal")
 
 
 @contextlib.contextmanager
-def differentiable_kernels(recurrent: bool) -> Iterator[None]:
-    """Kernels that have derivatives of second order; the global switches are put back."""
+def differentiable_kernels(recurrent: bool, compiled: bool) -> Iterator[None]:
+    """Kernels that have derivatives of second order, for models with these modules; global switches are put back."""
     fast = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         torch.backends.mha.set_fastpath_enabled(False)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if recurrent:
             stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
             torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags would warn of other switches
@@ -286,7 +287,10 @@ def pure(
     places = [(m, local, names.get(id(p)), p) for m in modules for local, p in m._parameters.items() if p is not None]
     buffers = [(m, local, b) for m in modules for local, b in m._buffers.items() if b is not None]
     recurrent = [m for m in modules if isinstance(m, nn.RNNBase)]
+    compiled = any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in modules)
     devices = {p.device for _, _, _, p in places if p.device.type == "cuda"}
+
+    start = torch.Generator().manual_seed(seed).get_state()
 
     def apply(values: Named, run: Callable[[], Any]) -> Any:
         copies = {id(b): b.detach().clone() for _, _, b in buffers}
@@ -299,13 +303,16 @@ def pure(
         for module in recurrent:
             module.__dict__["_flat_weights"] = [module._parameters.get(n) for n in module._flat_weights_names]
         with torch.random.fork_rng(devices), _Differentiable(dropout):
-            torch.manual_seed(seed)
+            torch.set_rng_state(start)  # torch.manual_seed takes as long as a small model's forward pass
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             return run()
 
     try:
         for module in modules if training is not None else []:
             module.__dict__["training"] = training
-        with differentiable_kernels(recurrent=bool(recurrent)):
+        with differentiable_kernels(bool(recurrent), compiled):
             yield apply
     finally:
         for module, *before in saved:
