@@ -27,7 +27,7 @@ class Batches:
         self.data, self._is_tensor, self._progress = data, is_array, progress
         pair = isinstance(data, tuple) or (isinstance(data, list) and len(data) == 2 and not _nested(data[0]))
         self.in_memory = pair or isinstance(data, Mapping) or self._is_array(data)
-        if not self.in_memory and (not hasattr(data, "__iter__") or iter(data) is data):
+        if not self.in_memory and (isinstance(data, Iterator) or not hasattr(data, "__iter__")):
             raise TypeError(
                 "batch must be a pair (inputs, targets), a dict, or a loader that can be read more than once; "
                 f"got {type(data).__name__}"

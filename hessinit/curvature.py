@@ -76,7 +76,8 @@ def hessian(
 ) -> Hessian:
     """The approximate (or exact) Hessian of a model's mean loss, as a linear operator.
 
-    Nothing is computed until something is asked of it, and nothing of the model changes: not its mode, buffers,
+    One forward pass (of a loader's first batch) checks that model, data and loss fit; the rest is computed when asked
+    for. Nothing of the model changes: not its mode, buffers,
     gradients or attributes, nor the global random state. The mean is over loss terms, whatever the batches; half
     precision is differentiated in half precision.
 
@@ -89,7 +90,8 @@ def hessian(
             its ``reduction`` is ``"sum"``. A softmax or sigmoid at the end of the model counts as part of the loss.
         params: names or globs of parameters; default: all that train. Tied parameters are one.
         exact: the exact Hessian in place of the approximate one. Default False.
-        forward: function of (model, batch) that returns (outputs, targets), for batches of any structure.
+        forward: function of (model, batch) that returns (outputs, targets), for batches of any structure; it calls
+            the model in whatever way that needs (Keras: ``training=`` too).
         chunk_size: samples that go through the model at a time, to bound memory; default: whole batches.
         training: mode of the modules (batch statistics or running ones). Default: as they are set (torch), training
             (Keras, which keeps no mode).
@@ -122,7 +124,7 @@ def hessian(
     """
     objective = Objective("hessian", model, batch, loss, forward, chunk_size, training, dropout, seed, progress)
     names = _chosen(objective, params)
-    objective.value()  # data, outputs and loss fit, or an error now
+    objective.check()
     return Hessian(objective, names, names, exact)
 
 

@@ -79,8 +79,8 @@ class Objective:
         self.chunk_size, self.training, self.dropout, self.seed = chunk_size, training, dropout, seed
         self.network: Network = wrap(model, function)
         self.splits_checked = chunk_size is None
-        self._apply: Callable[[Named, Callable[[], Any]], Any]
-        self._kept: tuple[Any, list[Chunk]] | None = None
+        self._apply: Callable[[Named, Callable[[], Any]], Any] | None = None
+        self._kept: tuple[list[Any], list[Chunk]] | None = None
         self.network.parameters()
         with self.named_errors():
             self.batches = Batches(batch, self.network.arrays.is_array, progress)
@@ -129,17 +129,16 @@ class Objective:
                 self._chunk(part) for batch in self.batches for part in self.batches.split(batch, self.chunk_size)
             )
             return
-        fingerprint = self.network.fingerprint()
-        if self._kept is None or self._kept[0] != fingerprint:
-            self._kept = None
-            chunks = [
-                self._chunk(part) for batch in self.batches for part in self.batches.split(batch, self.chunk_size)
-            ]
-            self._kept = fingerprint, chunks
-        yield from self._kept[1]
+        constants = list(self.network.constants())
+        kept = self._kept
+        if kept is None or any(new is not old for new, old in zip(constants, kept[0], strict=True)):
+            whole = next(iter(self.batches))
+            kept = self._kept = constants, [self._chunk(part) for part in self.batches.split(whole, self.chunk_size)]
+        yield from kept[1]
 
     def _chunk(self, batch: Any) -> Chunk:
         def outputs(values: Named) -> Array:
+            assert self._apply is not None  # over_data is under way
             z, targets = self._apply(values, lambda: self._forward(batch))
             z = getattr(z, "logits", z)
             z = z["logits"] if isinstance(z, Mapping) and "logits" in z else z
@@ -195,14 +194,15 @@ class Objective:
                 f"{self.function}: {text.rstrip('.')}{f', in module {where}' if where else ''}."
             ) from error
 
-    def over_data(self, work: Callable[[Chunk], tuple[Array, Any]]) -> Any:
+    def over_data(self, work: Callable[[Chunk], tuple[Array, Any]], first: bool = False) -> Any:
         """``Σ sums / Σ count`` over the data, where work gives (an array that must be finite, sums of a chunk).
 
-        Sums are floats, arrays, or dicts of them; if the loss is a sum, nothing is divided.
+        Sums are floats, arrays, or dicts of them; if the loss is a sum, nothing is divided. ``first``: of the first
+        chunk alone.
         """
         total: Any = None
         count = 0.0
-        with self.named_errors(), self._random_state(), self._pure() as self._apply:
+        with self.named_errors(), self._random_state(), self._applied():
             for chunk in self._chunks():
                 if not self.splits_checked:
                     self._check_splits(chunk)
@@ -211,12 +211,23 @@ class Objective:
                     raise ValueError(self._not_finite(chunk))
                 count += self.loss.count(chunk.shape, chunk.targets)
                 total = sums if total is None else _add(total, sums)
-        if count == 0 and self.loss.mean:
+                if first:
+                    break
+        if count == 0 and self.loss.mean and not first:
             raise ValueError(f"{self.function}: batch must hold a term of the loss; all are ignored or of weight zero.")
-        return _scale(total, 1 / count if self.loss.mean else 1.0)
+        return _scale(total, 1 / (count or 1.0) if self.loss.mean else 1.0)
 
-    def _pure(self) -> contextlib.AbstractContextManager[Callable[[Named, Callable[[], Any]], Any]]:
-        return self.network.pure(self.training, self.dropout, self.seed)
+    @contextlib.contextmanager
+    def _applied(self) -> Iterator[None]:
+        """The model as a pure function, for the chunks to call; one use may lie inside another."""
+        if self._apply is not None:
+            yield
+            return
+        with self.network.pure(self.training, self.dropout, self.seed) as self._apply:
+            try:
+                yield
+            finally:
+                self._apply = None
 
     def _not_finite(self, chunk: Chunk) -> str:
         arrays = self.network.arrays
@@ -256,14 +267,18 @@ class Objective:
     def _values(self, *names: Iterable[str]) -> dict[str, Array]:
         return self.network.values(list(dict.fromkeys(n for group in names for n in group)))
 
-    def value(self) -> float:
-        """The loss."""
+    def check(self) -> None:
+        """Raises where data, outputs and loss do not fit: of all data in memory, of a loader's first batch."""
+        self.value(first=not self.batches.in_memory)
+
+    def value(self, first: bool = False) -> float:
+        """The loss; ``first``: of the first chunk alone."""
 
         def work(chunk: Chunk) -> tuple[Array, float]:
             z, _ = self.network.derivatives.jvp(chunk.outputs, {}, {})
             return z, float(self.network.arrays.numpy(self.loss.total(z, chunk.targets)))
 
-        return float(self.over_data(work))
+        return float(self.over_data(work, first))
 
     def gradient(self, names: Sequence[str]) -> dict[str, Array]:
         """The loss's gradient: one backward pass."""
@@ -316,8 +331,8 @@ class Objective:
 
         return None if isinstance(self.loss, Custom) else dict(self.over_data(work))
 
-    def exact_squares(self, names: Sequence[str], reduce: Callable[[Array], Any]) -> dict[str, Any]:
-        """The same sums over every column of R in place of random ones: a backward pass for each output entry.
+    def over_columns(self, names: Sequence[str], of: Callable[[dict[str, Array]], Any]) -> Any:
+        """``Σ of(Jᵀ r)`` over every column r of R, of being quadratic: a backward pass for each output entry.
 
         Samples go one at a time where that changes nothing (tried out on a random direction), so that a backward pass
         is one sample's.
@@ -327,7 +342,7 @@ class Objective:
             z, pull = self.network.derivatives.vjp(chunk.outputs, self._values(names))
             sums: Any = None
             for sign, column in self.loss.columns(z, chunk.targets):
-                new = {name: sign * reduce(g) for name, g in pull(column).items()}
+                new = _scale(of(pull(column)), sign)
                 sums = new if sums is None else _add(sums, new)
             return z, sums
 
@@ -342,7 +357,11 @@ class Objective:
             z, _ = self.network.derivatives.jvp(chunk.outputs, {}, {})
             return z, sums
 
-        return dict(self.over_data(work))
+        return self.over_data(work)
+
+    def num_outputs(self) -> int | None:
+        """Entries of the outputs over all data, where it is in memory and has been through the model; else None."""
+        return sum(int(np.prod(chunk.shape)) for chunk in self._kept[1]) if self._kept else None
 
     def _separate(self, chunk: Chunk, names: Sequence[str]) -> list[Chunk]:
         """The chunk's samples as chunks of their own if loss and network take each by itself, else []."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -84,7 +84,7 @@ class Hessian:
 
     Cost in passes, a gradient being one forward and one backward pass and a JVP about two forward passes: quadratic
     form one JVP; product one JVP and one backward pass; trace or diagonal by probes one gradient a probe, in full one
-    backward pass for each output entry; ``dense`` and the full Frobenius norm one product a column. The exact Hessian's
+    backward pass for each output entry; ``dense`` one product a column. The exact Hessian's
     products are gradients under a JVP, its trace and diagonal take a product a column.
 
     Args:
@@ -289,17 +289,21 @@ class Hessian:
             values = Values(
                 {name: self._diagonal_by_columns(name) for name in self.rows}
                 if self.exact
-                else self.objective.exact_squares(self.rows, lambda g: g * g)
+                else self.objective.over_columns(self.rows, lambda row: {n: g * g for n, g in row.items()})
             )
         else:
             arrays = self.objective.network.arrays
-            draws = self._probes(num_probes, lambda g: g * g, lambda v, hv: v * hv)
-            mean = {n: sum(d[n] for d in draws) / num_probes for n in self.rows}
-            values = Values(mean)
+            total: dict[str, Any] = dict.fromkeys(self.rows, 0.0)
+            squares: dict[str, Any] = dict.fromkeys(self.rows, 0.0)
+            for draw in self._probes(num_probes, lambda g: g * g, lambda v, hv: v * hv):
+                total = {n: total[n] + draw[n] for n in self.rows}
+                squares = {n: squares[n] + draw[n] * draw[n] for n in self.rows}
+            values = Values({n: total[n] / num_probes for n in self.rows})
             values.num_probes = num_probes
-            spread = {n: sum((d[n] - mean[n]) ** 2 for d in draws) / max(num_probes - 1, 1) for n in self.rows}
-            nan = float("inf") if num_probes == 1 else 1.0
-            values.standard_error = {n: nan * arrays.sqrt(spread[n] / num_probes) for n in self.rows}
+            freedom = num_probes * (num_probes - 1) or float("nan")  # one probe has no spread
+            values.standard_error = {
+                n: arrays.sqrt(arrays.abs(squares[n] - num_probes * values[n] * values[n]) / freedom) for n in self.rows
+            }
         values._exactness = self._blockwise_exactness
         return values
 
@@ -325,11 +329,11 @@ class Hessian:
         groups = {name: [name] for name in self.rows} if groups is None else groups
         dot, to_numpy = self.objective.network.arrays.dot, self.objective.network.arrays.numpy
         if num_probes is not None:
-            draws = self._probes(num_probes, lambda g: dot(g, g), dot)
+            draws = list(self._probes(num_probes, lambda g: dot(g, g), dot))
         elif self.exact:
             draws = [{n: float(np.sum(to_numpy(d), dtype=np.float64)) for n, d in self.diagonal().items()}]
         else:
-            draws = [self.objective.exact_squares(self.rows, lambda g: dot(g, g))]
+            draws = [self.objective.over_columns(self.rows, lambda row: {n: dot(g, g) for n, g in row.items()})]
         table = np.array([[sum(draw[name] for name in names) for names in groups.values()] for draw in draws])
         values = Values(zip(groups, table.mean(axis=0).tolist(), strict=True))
         if num_probes is not None:
@@ -353,19 +357,20 @@ class Hessian:
 
     def _probes(
         self, num_probes: int, of_square: Callable[[Array], Any], of_pair: Callable[[Array, Array], Any]
-    ) -> list[dict[str, Any]]:
+    ) -> Iterator[dict[str, Any]]:
         """One estimate of the diagonal, reduced, for each probe: from ``Jᵀ R ε``, else from v and the product H v."""
-        if isinstance(num_probes, bool) or not isinstance(num_probes, (int, np.integer)) or num_probes < 1:
-            raise ValueError(f"hessian: num_probes must be a positive integer or None; got {num_probes!r}.")
-        draws = []
-        for probe in track(range(num_probes), "probes", self.objective.progress if num_probes > 8 else False):
+        for probe in self._probe_numbers(num_probes):
             draw = None if self.exact else self.objective.squares(self.rows, probe, of_square)
             if draw is None:  # Hutchinson: E v ⊙ H v = diag H
                 v = self.objective.random_direction(self.cols, f"probe {probe}")
                 product = self._product(v)
                 draw = {name: of_pair(v[name], product[name]) for name in self.rows}
-            draws.append(draw)
-        return draws
+            yield draw
+
+    def _probe_numbers(self, num_probes: int) -> Iterator[int]:
+        if isinstance(num_probes, bool) or not isinstance(num_probes, (int, np.integer)) or num_probes < 1:
+            raise ValueError(f"hessian: num_probes must be a positive integer or None; got {num_probes!r}.")
+        return track(range(num_probes), "probes", self.objective.progress if num_probes > 8 else False)
 
     def norm(self, kind: Literal["fro", 2] = "fro", num_probes: int | None = None) -> Value:
         """Frobenius or spectral norm.
@@ -373,24 +378,19 @@ class Hessian:
         Args:
             kind: ``"fro"`` (default) or 2, the largest singular value, by Lanczos.
             num_probes: for ``"fro"`` random vectors, ``E |G v|² = |G|²``; None computes it in full, a product for each
-                column.
+                column, or a backward pass and a quadratic form for each output entry if these are fewer.
         """
         if kind == 2:
             start = stream(self.objective.seed, "norm").standard_normal(min(self.shape))
-            largest = spectral_norm(self.to_scipy(np.float64), self.is_square, start)
+            largest = spectral_norm(self.to_scipy(np.float64), self.is_square, start, self._tol)
             return self._value(largest, lambda: self.exactness)
         if kind != "fro":
             raise ValueError(f'hessian: kind must be "fro" or 2; got {kind!r}.')
-        dot, flat = self.objective.network.arrays.dot, np.zeros(self.shape[1])
         if num_probes is None:
-            total = 0.0
-            for k in track(range(self.shape[1]), "columns", self.objective.progress):
-                flat[:] = 0
-                flat[k] = 1
-                total += float(np.sum(np.square(self @ flat)))
-            return self._value(total**0.5, lambda: self.exactness)
+            return self._value(self._full_norm(), lambda: self.exactness)
+        dot = self.objective.network.arrays.dot
         squares = []
-        for probe in range(num_probes):
+        for probe in self._probe_numbers(num_probes):
             product = self._product(self.objective.random_direction(self.cols, f"probe {probe}"))
             squares.append(sum(dot(p, p) for p in product.values()))
         value = self._value(float(np.mean(squares)) ** 0.5, lambda: self.exactness)
@@ -398,13 +398,25 @@ class Hessian:
         value.standard_error = standard_error(squares) / (2 * float(value)) if value else 0.0
         return value
 
+    def _full_norm(self) -> float:
+        """``|G|² = Σ_columns |G e|²``, or ``Σ rᵀJ G Jᵀr`` over the columns r of R where these are fewer."""
+        outputs = self.objective.num_outputs()
+        if not self.exact and self.is_square and outputs is not None and outputs < self.shape[1]:
+            return float(abs(self.objective.over_columns(self.rows, self.objective.quadratic_form)) ** 0.5)
+        total, flat = 0.0, np.zeros(self.shape[1])
+        for k in track(range(self.shape[1]), "columns", self.objective.progress):
+            flat[:] = 0
+            flat[k] = 1
+            total += float(np.sum(np.square(self @ flat)))
+        return float(total**0.5)
+
     def eigsh(self, k: int = 6, which: str = "LM", **options: Any) -> tuple[Any, Any]:
         """Some eigenvalues and eigenvectors, by ``scipy.sparse.linalg.eigsh`` (Lanczos), from a seeded start.
 
         Args:
             k: how many.
             which: ``"LM"`` (largest magnitude), ``"LA"``, ``"SA"``, …, as in SciPy.
-            options: passed on (``tol``, ``ncv``, ``maxiter``).
+            options: passed on (``tol``, ``ncv``, ``maxiter``); ``tol`` is that of the parameters' precision by default.
 
         Returns:
             Eigenvalues of shape (k,), ascending, and eigenvectors of shape (n, k), as NumPy arrays.
@@ -419,9 +431,16 @@ class Hessian:
             order = np.sort(order)
             return values[order], vectors[:, order]
         start = stream(self.objective.seed, "eigsh").standard_normal(n)
-        values, vectors = linalg.eigsh(self.to_scipy(np.float64), k, which=which, **{"v0": start, **options})  # type: ignore[call-overload]
+        values, vectors = linalg.eigsh(
+            self.to_scipy(np.float64), k, which=which, **{"v0": start, "tol": self._tol, **options}
+        )  # type: ignore[call-overload]
         order = np.argsort(values)
         return values[order], vectors[:, order]
+
+    @property
+    def _tol(self) -> float:
+        """Relative accuracy to ask of Lanczos: 0, for that of the arithmetic, only where products are as precise."""
+        return 0.0 if all(self.objective.parameters[n].dtype == "float64" for n in (*self.rows, *self.cols)) else 1e-5
 
     def spectral_density(
         self, num_probes: int = 4, steps: int = 40, points: int = 512, width: float | None = None

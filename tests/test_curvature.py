@@ -244,6 +244,7 @@ def test_splits_of_the_data_change_nothing():
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4),  # last one short
         torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=3, shuffle=True),
         [(x[:1], y[:1]), (x[1:], y[1:])],
+        [(x[3:5], y[3:5]), (x[:3], y[:3]), (x[5:], y[5:])],  # the first without a term
         [{"input": x[:7], "labels": y[:7]}, {"input": x[7:], "labels": y[7:]}],
     ]
     for loader in loaders:
@@ -364,6 +365,7 @@ def state(model):
         "modes": [m.training for m in model.modules()],
         "attributes": [sorted(m.__dict__) for m in model.modules()],
         "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
+        "accelerator seeds": [call and call[0] for call in torch.cuda._lazy_seed_tracker.get_calls()],
         "switches": (
             torch.is_grad_enabled(),
             torch.backends.mha.get_fastpath_enabled(),

@@ -23,6 +23,14 @@ SCRIPTS = sorted(path.stem for path in FIGURES.glob("*.py"))
 sys.path.insert(0, str(FIGURES))
 
 MINIATURES = {
+    "fig1_landscape": {"points": 9, "samples": 20, "train_samples": 128, "dataset": "fashion_mnist_mini"},
+    "fig2_activations": {"points": 5},
+    "fig3_error": {
+        "nets": ("LeNet-5, tanh", "ResNet-8, training", "EfficientNetB0, evaluation"),
+        "redraws": 1,
+        "dataset": "fashion_mnist_mini",
+    },
+    "fig_cost": {"samples": {"MLP": 3, "transformer": 2}, "repetitions": 2, "full_repetitions": 1},
     "fig_depth": {"depths": (2, 4), "seeds": (0,), "samples": 8, "dataset": "fashion_mnist_mini"},
     "fig_depth_training": {
         "study": (
@@ -224,6 +232,45 @@ def test_the_readmes_learning_rates_are_the_committed_ones():
                 assert cell == f"{line.diverged} of 5 diverged"
             else:
                 assert cell == "{:.3f} ± {:.3f}".format(*line.last_fifth_loss)
+
+
+def test_the_readmes_costs_are_the_committed_ones():
+    medians = pd.read_csv(FIGURES / "fig_cost.csv").groupby(["operation", "library", "net"]).ratio.median()
+    operations = {
+        "`vᵀGv`": ("quadratic form", "hessinit", 1.6),
+        "`G v`": ("product", "hessinit", 2.6),
+        "`G v`, curvlinops": ("product", "curvlinops", None),
+        "all layers' traces, one probe": ("layer traces", "hessinit", 1.3),
+        "diagonal, one probe": ("diagonal", "hessinit", None),
+        "diagonal, BackPACK, one sample": ("diagonal", "BackPACK", None),
+        "exact `H v`": ("exact product", "hessinit", None),
+        "exact `H v`, PyHessian": ("exact product", "PyHessian", None),
+        "diagonal in full": ("diagonal, in full", "hessinit", None),
+        "diagonal in full, BackPACK": ("diagonal, in full", "BackPACK", None),
+    }
+    rows = _table("| time over one gradient")
+    assert [row[0] for row in rows] == list(operations)
+    for label, *cells in rows:
+        operation, library, most = operations[label]
+        for net, cell in zip(("MLP", "LeNet-5", "ResNet-8", "transformer"), cells, strict=True):
+            value = medians.get((operation, library, net), math.nan)
+            assert cell == ("–" if math.isnan(value) else f"{value:.1f}" if value < 10 else f"{value:.0f}")
+            assert most is None or value <= most
+
+
+def test_the_readmes_errors_are_the_committed_ones():
+    table = pd.read_csv(FIGURES / "fig3_error.csv")
+    assert set(table.groupby(["net", "layer"]).seed.nunique()) == {100}
+    medians = table.groupby(["net", "layer"], sort=False).relative.median()
+    for line in _table("| median of"):
+        net, *cells = line[-4:]  # the head has bars of its own
+        values = medians[net]
+        for value, cell in zip((values.iloc[0], values.median(), values.iloc[-1]), cells, strict=True):
+            assert cell == ("exact" if value < 1e-6 else f"{value:.2g}")
+    assert medians["LeNet-5, ReLU"].max() < 1e-12
+    assert medians["ResNet-8, evaluation"].max() < 1e-12
+    assert medians["LeNet-5, tanh"].iloc[0] > 10 * medians["LeNet-5, tanh"].iloc[3]
+    assert medians["ResNet-8, training"].median() > 0.5
 
 
 def training_table():

@@ -180,8 +180,8 @@ class Network(Protocol):
     def values(self, names: Sequence[str]) -> dict[str, Array]:
         """The parameters themselves, not to be written to."""
 
-    def fingerprint(self) -> Any:
-        """What changes whenever a parameter or buffer that a compiled function may hold as a constant does."""
+    def constants(self) -> Sequence[Any]:
+        """Arrays that a compiled function may hold as constants; it is of use while they are the same objects."""
 
     def random_state(self) -> AbstractContextManager[Any]:
         """A context that puts the framework's global random state back."""

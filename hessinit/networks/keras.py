@@ -157,8 +157,8 @@ class KerasNetwork:
     def values(self, names: Sequence[str]) -> dict[str, Any]:
         return {name: keras.ops.convert_to_tensor(self._variables[name].value) for name in names}
 
-    def fingerprint(self) -> Any:
-        return tuple(id(variable.value) for variable in self.model.variables)
+    def constants(self) -> Sequence[Any]:
+        return [variable.value for variable in self.model.variables]
 
     def random_state(self) -> contextlib.AbstractContextManager[Any]:
         return _torch_seeded(None)
@@ -190,9 +190,9 @@ class KerasNetwork:
 
     def targets(self, y: Any, z: Any) -> Any:
         y = keras.ops.convert_to_tensor(y)
-        shapes = tuple(y.shape), tuple(z.shape)
-        same = shapes[0] != shapes[1] and shapes[1] in ((*shapes[0], 1), shapes[0][:-1])
-        return keras.ops.reshape(y, z.shape) if same and 1 in (shapes[0][-1:] + shapes[1][-1:]) else y
+        ours, theirs = tuple(y.shape), tuple(z.shape)
+        # As Keras does: (N,) and (N, 1) are the same.
+        return keras.ops.reshape(y, z.shape) if theirs == (*ours, 1) or ours == (*theirs, 1) else y
 
     def loss(self, loss: Any) -> Loss:
         return keras_loss.translate(loss, self.model, self.arrays, self.derivatives)

@@ -146,8 +146,8 @@ class TorchNetwork:
     def values(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: self._tensors[name] for name in names}
 
-    def fingerprint(self) -> Any:
-        return None
+    def constants(self) -> Sequence[Any]:
+        return []  # nothing is compiled
 
     def random_state(self) -> contextlib.AbstractContextManager[Any]:
         return torch.random.fork_rng({p.device for p in self._tensors.values() if p.device.type == "cuda"})

@@ -83,7 +83,7 @@ class TorchDerivatives:
         with torch.enable_grad():
             leaves = _leaves(values)
             z = f(leaves)
-        return z.detach(), _pull(z, leaves)
+        return z.detach(), _pull(z, leaves, lambda: f(leaves))
 
     def jvp_vjp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, Tensor, Pull]:
         def forward() -> tuple[Tensor, Tensor, Pull]:
@@ -91,15 +91,8 @@ class TorchDerivatives:
                 leaves, constants = _leaves_and_constants(values, rows)
                 z, dz = forward_ad.unpack_dual(f(_duals({**constants, **leaves}, tangents)))
             # The pull-back runs after the dual level has ended, so the tangents cost it nothing.
-            pull = _pull(z, leaves)
-
-            def pull_or_again(cotangent: Tensor) -> dict[str, Tensor]:
-                try:
-                    return pull(cotangent)
-                except CheckpointError:  # recomputation meets other tensors without the tangents
-                    return self.vjp(lambda v: f({**constants, **v}), leaves)[1](cotangent)
-
-            return z.detach(), torch.zeros_like(z) if dz is None else dz.detach(), pull_or_again
+            pull = _pull(z, leaves, lambda: f({**constants, **leaves}))
+            return z.detach(), torch.zeros_like(z) if dz is None else dz.detach(), pull
 
         return _forward_or_reverse(forward, lambda: _jvp_in_reverse(f, values, tangents, rows))
 
@@ -203,11 +196,19 @@ def _duals(values: Named, tangents: Named) -> dict[str, Tensor]:
     return {n: forward_ad.make_dual(v, tangents[n]) if n in tangents else v for n, v in values.items()}
 
 
-def _pull(z: Tensor, leaves: Mapping[str, Tensor]) -> Pull:
+def _pull(z: Tensor, leaves: Mapping[str, Tensor], again: Callable[[], Tensor] | None = None) -> Pull:
+    """The map ``u → Jᵀu``; ``again`` computes z anew, for checkpoints whose recomputation meets other tensors."""
+
     def pull(cotangent: Tensor) -> dict[str, Tensor]:
         if not z.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-        found = torch.autograd.grad(z, list(leaves.values()), cotangent, retain_graph=True, allow_unused=True)
+        try:
+            found = torch.autograd.grad(z, list(leaves.values()), cotangent, retain_graph=True, allow_unused=True)
+        except CheckpointError:
+            if again is None:
+                raise
+            with torch.enable_grad():
+                return _pull(again(), leaves)(cotangent)
         return {
             n: torch.zeros_like(leaf) if g is None else g for (n, leaf), g in zip(leaves.items(), found, strict=True)
         }
