@@ -193,11 +193,13 @@ class LayerError:
     Args:
         gradient: ``|gᵀ(H − G)g| / |g|²`` along the layer's gradient, as in the source's Figure 3.
         relative: that over ``|gᵀHg| / |g|²``.
+        exact: ``gᵀHg / |g|²``, which may be negative, as G's cannot.
         block: ``|H_kk − G_kk|₂ / |H_kk|₂``, or None if not asked for.
     """
 
     gradient: float
     relative: float
+    exact: float
     block: float | None
 
 
@@ -247,7 +249,7 @@ def approximation_error(
             difference = true_block - approximate.to_scipy(float)
             norm = spectral_norm(true_block, True, start, tol)
             norm = spectral_norm(difference, True, start, tol) / norm if norm else float("nan")
-        found[layer] = LayerError(off / square, off / abs(true) if true else float("nan"), norm)
+        found[layer] = LayerError(off / square, off / abs(true) if true else float("nan"), true / square, norm)
     return found
 
 

@@ -83,6 +83,7 @@ def test_rayleigh_quotients_traces_and_errors_by_layer(name):
         off = abs(g @ (e - a) @ g)
         assert abs(errors[layer].gradient - off / (g @ g)) <= 1e-10 * abs(g @ e @ g) / (g @ g)
         assert abs(errors[layer].relative - off / abs(g @ e @ g)) <= 1e-9 * max(1, off / abs(g @ e @ g))
+        close(errors[layer].exact, g @ e @ g / (g @ g))
         block = torch.linalg.matrix_norm(e - a, 2) / torch.linalg.matrix_norm(e, 2)
         assert abs(errors[layer].block - block) <= 1e-4 * block + 1e-12
 

@@ -271,6 +271,9 @@ def test_the_readmes_errors_are_the_committed_ones():
     assert medians["ResNet-8, evaluation"].max() < 1e-12
     assert medians["LeNet-5, tanh"].iloc[0] > 10 * medians["LeNet-5, tanh"].iloc[3]
     assert medians["ResNet-8, training"].median() > 0.5
+    negative = (table.exact < 0).groupby([table.net, table.layer]).mean()
+    assert negative["ResNet-8, training", "stem"] > 0.9
+    assert negative["LeNet-5, ReLU"].max() == 0
 
 
 def training_table():
