@@ -79,5 +79,29 @@ class Batches:
                 yield self.part(batch, start, start + size)
 
 
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """The two parts of a batch: of a pair, or of a dict with the targets among its keys.
+
+    Raises:
+        ValueError: another number of parts, or a dict without targets.
+    """
+    if not isinstance(batch, Mapping):
+        if len(batch) != 2:
+            raise ValueError(
+                f"batch must be a pair (inputs, targets) or a dict; got {len(batch)} parts (pass forward= for others)"
+            )
+        return batch[0], batch[1]
+    keys = [key for key in TARGET_KEYS if key in batch]
+    if len(keys) != 1:
+        raise ValueError(
+            f"batch must hold its targets under one of {', '.join(TARGET_KEYS)} when it is a dict; "
+            f"got keys {', '.join(map(str, batch))} (or pass forward=)"
+        )
+    return {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
+
+
 def _nested(x: Any) -> bool:
     return isinstance(x, (tuple, list, Mapping))

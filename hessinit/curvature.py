@@ -21,7 +21,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypedDict, Unpack
@@ -29,7 +29,7 @@ from typing import Any, TypedDict, Unpack
 from hessinit.draw import stream
 from hessinit.networks.base import Array
 from hessinit.objective import Objective
-from hessinit.operators import Exactness, Globs, Hessian, Value, Values
+from hessinit.operators import Exactness, Globs, Hessian, Value, Values, exactness_of
 from hessinit.progress import track
 from hessinit.spectrum import SpectralDensity, spectral_norm
 
@@ -77,9 +77,8 @@ def hessian(
     """The approximate (or exact) Hessian of a model's mean loss, as a linear operator.
 
     One forward pass (of a loader's first batch) checks that model, data and loss fit; the rest is computed when asked
-    for. Nothing of the model changes: not its mode, buffers,
-    gradients or attributes, nor the global random state. The mean is over loss terms, whatever the batches; half
-    precision is differentiated in half precision.
+    for. Nothing of the model changes: not its mode, buffers, gradients or attributes, nor the global random state. The
+    mean is over loss terms, whatever the batches; half precision is differentiated in half precision.
 
     Args:
         model: ``torch.nn.Module`` or ``keras.Model``.
@@ -162,7 +161,7 @@ def rayleigh(model: Any, batch: Any, loss: Any, **options: Unpack[Options]) -> V
         tangent = {name: gradient[name] for name in names}
         square = _square(objective, tangent)
         found[layer] = objective.quadratic_form(tangent) / square if square else float("nan")
-    found._exactness = lambda: _exactness(objective, layers)
+    found._exactness = lambda: exactness_of(objective, layers, exact=False)
     return found
 
 
@@ -304,8 +303,8 @@ def step_sharpness(model: Any, batch: Any, loss: Any, optimizer_or_lr: Any, **op
 
 
 def _objective(function: str, model: Any, batch: Any, loss: Any, options: Options) -> Objective:
-    rest = {key: value for key, value in options.items() if key != "params"}
-    return Objective(function, model, batch, loss, **rest)  # type: ignore[arg-type]
+    rest: dict[str, Any] = {key: value for key, value in options.items() if key != "params"}
+    return Objective(function, model, batch, loss, **rest)
 
 
 def _chosen(objective: Objective, params: Globs | None) -> list[str]:
@@ -328,7 +327,3 @@ def _layers(
 
 def _square(objective: Objective, named: Mapping[str, Array]) -> float:
     return sum(objective.network.arrays.dot(g, g) for g in named.values())
-
-
-def _exactness(objective: Objective, layers: Mapping[str, Sequence[str]]) -> dict[str, Exactness]:
-    return {layer: Hessian(objective, names, names, exact=False).exactness for layer, names in layers.items()}

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Loss:
 
     arrays: Any
     mean: bool = True
+    analytic_root: ClassVar[bool] = True
 
     def check(self, z: Array, y: Array) -> None:
         """Raises ValueError unless the targets fit the outputs."""
@@ -61,27 +62,17 @@ class Loss:
         """``D²_z ℓ u`` of the total."""
         raise NotImplementedError
 
-    def root(self, z: Array, y: Array, signs: Array) -> Array | None:
-        """``R ε`` with ``R Rᵀ = D²_z ℓ`` of the total; None for a loss without an analytic root."""
-        return None
+    def root(self, z: Array, y: Array, signs: Array) -> Array:
+        """``R ε`` with ``R Rᵀ = D²_z ℓ`` of the total; only where ``analytic_root``."""
+        raise NotImplementedError
 
     def columns(self, z: Array, y: Array) -> Iterator[tuple[float, Array]]:
-        """Pairs (sign, r) with ``D²_z ℓ = Σ sign · r rᵀ``: one an output entry, each of the shape of z.
-
-        Here from the dense Hessian of the total, so z is best one sample's.
-        """
+        """Pairs (sign, r) with ``D²_z ℓ = Σ sign · r rᵀ``: one an output entry, each of the shape of z."""
         size = int(np.prod(z.shape))
-        basis = np.eye(size)
-        dense = np.stack([self._numpy_product(z, y, e) for e in basis])
-        values, vectors = np.linalg.eigh((dense + dense.T) / 2)
-        for value, vector in zip(values, vectors.T, strict=True):
-            if value:
-                scaled = vector * abs(value) ** 0.5
-                yield float(np.sign(value)), self.arrays.asarray(scaled.reshape(z.shape), z)
-
-    def _numpy_product(self, z: Array, y: Array, u: Any) -> Any:
-        product = self.product(z, y, self.arrays.asarray(u.reshape(z.shape), z))
-        return self.arrays.numpy(product).astype(np.float64).ravel()
+        for k in range(size):
+            unit = np.zeros(size)
+            unit[k] = 1
+            yield 1.0, self.root(z, y, self.arrays.asarray(unit.reshape(z.shape), z))
 
     def natural(self, z: Array, y: Array) -> Array:
         """The outputs as the loss sees them before the last softmax or sigmoid, up to what the loss ignores."""
@@ -130,7 +121,7 @@ class CrossEntropy(Loss):
             raise ValueError("the outputs are a scalar: cross-entropy needs an axis of classes")
         if self.weight is not None and tuple(self.weight.shape) != (shape[axis],):
             raise ValueError(f"class weights of shape {tuple(self.weight.shape)} do not fit {shape[axis]} classes")
-        if self._soft(tuple(z.shape), y):
+        if self._soft(shape, y):
             return
         expected = shape[:axis] + shape[axis + 1 :]
         labels = self._labels(z, y)
@@ -193,25 +184,26 @@ class CrossEntropy(Loss):
             return z
         return a.log(a.clip(z / a.sum(z, axis), TINY, 1 - TINY))
 
+    def _p_and_tau(self, z: Array, y: Array) -> tuple[Array, Array]:
+        """Probabilities, and the sums of the target weights."""
+        return self.arrays.exp(self._log_p(z, y)), self.arrays.sum(self._targets(z, y), self._axis(z, y))
+
     def total(self, z: Array, y: Array) -> Array:
         return -self.arrays.sum(self._targets(z, y) * self._log_p(z, y))
 
     def product(self, z: Array, y: Array, u: Array) -> Array:
         a, axis = self.arrays, self._axis(z, y)
-        p, tau = a.exp(self._log_p(z, y)), a.sum(self._targets(z, y), axis)
+        p, tau = self._p_and_tau(z, y)
         if self.outputs == PROBABILITIES:
             return tau * (u / p - a.sum(u, axis))
         return tau * p * (u - a.sum(p * u, axis))
 
     def root(self, z: Array, y: Array, signs: Array) -> Array:
         a, axis = self.arrays, self._axis(z, y)
-        p, tau = a.exp(self._log_p(z, y)), a.sum(self._targets(z, y), axis)
+        p, tau = self._p_and_tau(z, y)
         along = a.sum(a.sqrt(p) * signs, axis)
         rooted = signs / a.sqrt(p) - along if self.outputs == PROBABILITIES else a.sqrt(p) * signs - p * along
         return a.sqrt(tau) * rooted
-
-    def columns(self, z: Array, y: Array) -> Iterator[tuple[float, Array]]:
-        yield from _unit_columns(self, z, y)
 
     def natural(self, z: Array, y: Array) -> Array:
         if self.outputs == LOGITS:
@@ -247,9 +239,6 @@ class Elementwise(Loss):
 
     def root(self, z: Array, y: Array, signs: Array) -> Array:
         return self.arrays.sqrt(self.second(z, self.arrays.asarray(y, z))) * signs
-
-    def columns(self, z: Array, y: Array) -> Iterator[tuple[float, Array]]:
-        yield from _unit_columns(self, z, y)
 
 
 @dataclass(frozen=True)
@@ -368,6 +357,7 @@ class Custom(Loss):
 
     function: Callable[[Array, Array], Array] = lambda z, y: z
     derivatives: Any = None
+    analytic_root: ClassVar[bool] = False
 
     def check(self, z: Array, y: Array) -> None:
         """Any targets may do."""
@@ -385,14 +375,17 @@ class Custom(Loss):
     def product(self, z: Array, y: Array, u: Array) -> Array:
         return self.derivatives.hvp(lambda v: self.total(v["z"], y), {"z": z}, {"z": u}, ["z"])[1]["z"]
 
-
-def _unit_columns(loss: Loss, z: Array, y: Array) -> Iterator[tuple[float, Array]]:
-    """Columns of an analytic root."""
-    size = int(np.prod(z.shape))
-    for k in range(size):
-        unit = np.zeros(size)
-        unit[k] = 1
-        yield 1.0, loss.root(z, y, loss.arrays.asarray(unit.reshape(z.shape), z))
+    def columns(self, z: Array, y: Array) -> Iterator[tuple[float, Array]]:
+        """From the dense Hessian of the total, so z is best one sample's."""
+        products = [
+            self.product(z, y, self.arrays.asarray(e.reshape(z.shape), z)) for e in np.eye(int(np.prod(z.shape)))
+        ]
+        dense = np.stack([self.arrays.numpy(product).astype(np.float64).ravel() for product in products])
+        values, vectors = np.linalg.eigh((dense + dense.T) / 2)
+        for value, vector in zip(values, vectors.T, strict=True):
+            if value:
+                scaled = vector * abs(value) ** 0.5
+                yield float(np.sign(value)), self.arrays.asarray(scaled.reshape(z.shape), z)
 
 
 # Losses by name; every framework's own names and classes are translated to these by its adapter.

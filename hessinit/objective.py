@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from hessinit.batches import Batches
+from hessinit.batches import Batches, inputs_and_targets
 from hessinit.draw import stream
-from hessinit.losses import Custom, Loss
+from hessinit.losses import Loss
 from hessinit.networks import wrap
 from hessinit.networks.base import Array, Named, Network
 from hessinit.progress import track
@@ -81,7 +81,6 @@ class Objective:
         self.splits_checked = chunk_size is None
         self._apply: Callable[[Named, Callable[[], Any]], Any] | None = None
         self._kept: tuple[list[Any], list[Chunk]] | None = None
-        self.network.parameters()
         with self.named_errors():
             self.batches = Batches(batch, self.network.arrays.is_array, progress)
         with self.named_errors(), self._random_state():
@@ -160,11 +159,8 @@ class Objective:
     def _forward(self, batch: Any) -> tuple[Any, Any]:
         if self.forward is not None:
             return self.forward(self.model, batch)
-        if not isinstance(batch, Mapping) and len(batch) != 2:
-            raise ValueError(
-                f"batch must be a pair (inputs, targets) or a dict; got {len(batch)} parts (pass forward= for others)"
-            )
-        return self.network.forward(batch)
+        inputs, targets = inputs_and_targets(batch)
+        return self.network.forward(inputs), targets
 
     @contextlib.contextmanager
     def _random_state(self) -> Iterator[None]:
@@ -185,7 +181,7 @@ class Objective:
         """Errors of the user's model and data, with the function, the argument and the module in front."""
         try:
             yield
-        except (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
             text = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
             if text.startswith(f"{self.function}:"):
                 raise
@@ -321,6 +317,8 @@ class Objective:
 
         One backward pass. None for a loss without an analytic root.
         """
+        if not self.loss.analytic_root:
+            return None
         signs = stream(self.seed, "signs", str(probe))
 
         def work(chunk: Chunk) -> tuple[Array, Any]:
@@ -329,7 +327,7 @@ class Objective:
             rooted = self.loss.root(z, chunk.targets, self.network.arrays.asarray(epsilon, z))
             return z, {name: reduce(g) for name, g in pull(rooted).items()}
 
-        return None if isinstance(self.loss, Custom) else dict(self.over_data(work))
+        return dict(self.over_data(work))
 
     def over_columns(self, names: Sequence[str], of: Callable[[dict[str, Array]], Any]) -> Any:
         """``Σ of(Jᵀ r)`` over every column r of R, of being quadratic: a backward pass for each output entry.

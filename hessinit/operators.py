@@ -84,8 +84,8 @@ class Hessian:
 
     Cost in passes, a gradient being one forward and one backward pass and a JVP about two forward passes: quadratic
     form one JVP; product one JVP and one backward pass; trace or diagonal by probes one gradient a probe, in full one
-    backward pass for each output entry; ``dense`` one product a column. The exact Hessian's
-    products are gradients under a JVP, its trace and diagonal take a product a column.
+    backward pass for each output entry; ``dense`` one product a column. The exact Hessian's products are gradients
+    under a JVP, its trace and diagonal take a product a column.
 
     Args:
         objective: the loss on its data.
@@ -147,7 +147,7 @@ class Hessian:
 
     def _blockwise_exactness(self) -> dict[str, Exactness]:
         """Of each parameter's diagonal block: what traces and diagonals depend on."""
-        return {name: Hessian(self.objective, [name], [name], self.exact).exactness for name in self.rows}
+        return exactness_of(self.objective, {name: [name] for name in self.rows}, self.exact)
 
     def _diagonal_exactness(self) -> Exactness:
         blocks = self._blockwise_exactness()
@@ -161,12 +161,13 @@ class Hessian:
 
     def flatten(self, named: Mapping[str, Array]) -> Array:
         """Tensors of the rows or columns, by name, joined to one flat vector (or block, (n, K))."""
-        arrays = self.objective.network.arrays
-        names = self.cols if set(named) == set(self.cols) else self.rows
-        parts = []
+        return self._flatten(named, self.cols if set(named) == set(self.cols) else self.rows)
+
+    def _flatten(self, named: Mapping[str, Array], names: Sequence[str]) -> Array:
+        arrays, parts = self.objective.network.arrays, []
         for name in names:
             extra = tuple(named[name].shape)[len(self._shapes[name]) :]
-            parts.append(arrays.reshape(named[name], (int(np.prod(self._shapes[name])), *extra)))
+            parts.append(arrays.reshape(named[name], (self._size([name]), *extra)))
         return arrays.concatenate(parts)
 
     def unflatten(self, flat: Array) -> dict[str, Array]:
@@ -211,10 +212,11 @@ class Hessian:
     def _answer(self, named: dict[str, Array], like: Any) -> Any:
         if isinstance(like, Mapping):
             return named
-        arrays = self.objective.network.arrays
-        flat = arrays.concatenate([arrays.reshape(named[n], (self._size([n]), *named[n].shape[len(self._shapes[n]) :]))
-                                   for n in self.rows])  # fmt: skip
-        return arrays.numpy(flat).astype(like.dtype) if isinstance(like, np.ndarray) else flat
+        flat = self._flatten(named, self.rows)
+        return self._to_numpy(flat).astype(like.dtype) if isinstance(like, np.ndarray) else flat
+
+    def _to_numpy(self, array: Array) -> npt.NDArray[Any]:
+        return self.objective.network.arrays.numpy(array)
 
     # ---- products --------------------------------------------------------------------------------------------------
 
@@ -222,6 +224,14 @@ class Hessian:
         if self.exact:
             return self.objective.exact_product(tangents, self.rows)
         return self.objective.product(tangents, self.rows)
+
+    def _columns(self, label: str) -> Iterator[Array]:
+        """Every column of the block, flat: the product with each unit vector."""
+        unit = np.zeros(self.shape[1])
+        for k in track(range(self.shape[1]), label, self.objective.progress):
+            unit[:] = 0
+            unit[k] = 1
+            yield self._flatten(self._product(self._unflatten(unit, self.cols)), self.rows)
 
     def __matmul__(self, v: Vector) -> Any:
         """The product with one vector, or with each of a block of them."""
@@ -327,11 +337,11 @@ class Hessian:
         """
         self._square("traces")
         groups = {name: [name] for name in self.rows} if groups is None else groups
-        dot, to_numpy = self.objective.network.arrays.dot, self.objective.network.arrays.numpy
+        dot = self.objective.network.arrays.dot
         if num_probes is not None:
             draws = list(self._probes(num_probes, lambda g: dot(g, g), dot))
         elif self.exact:
-            draws = [{n: float(np.sum(to_numpy(d), dtype=np.float64)) for n, d in self.diagonal().items()}]
+            draws = [{n: float(np.sum(self._to_numpy(d), dtype=np.float64)) for n, d in self.diagonal().items()}]
         else:
             draws = [self.objective.over_columns(self.rows, lambda row: {n: dot(g, g) for n, g in row.items()})]
         table = np.array([[sum(draw[name] for name in names) for names in groups.values()] for draw in draws])
@@ -339,19 +349,13 @@ class Hessian:
         if num_probes is not None:
             values.num_probes = num_probes
             values.standard_error = dict(zip(groups, np.atleast_1d(standard_error(table)).tolist(), strict=True))
-        values._exactness = lambda: {
-            label: Hessian(self.objective, names, names, self.exact).exactness for label, names in groups.items()
-        }
+        values._exactness = lambda: exactness_of(self.objective, groups, self.exact)
         return values
 
     def _diagonal_by_columns(self, name: str) -> Array:
         """The diagonal of one parameter's block from its product with every unit vector."""
-        block, size = self.block(name), self._size([name])
-        diagonal, unit = np.zeros(size), np.zeros(size)
-        for k in track(range(size), name, self.objective.progress):
-            unit[:] = 0
-            unit[k] = 1
-            diagonal[k] = (block @ unit)[k]
+        columns = enumerate(self.block(name)._columns(name))
+        diagonal = np.array([self._to_numpy(column)[k] for k, column in columns], np.float64)
         value = self.objective.network.values([name])[name]
         return self.objective.network.arrays.asarray(diagonal.reshape(self._shapes[name]), value)
 
@@ -403,12 +407,8 @@ class Hessian:
         outputs = self.objective.num_outputs()
         if not self.exact and self.is_square and outputs is not None and outputs < self.shape[1]:
             return float(abs(self.objective.over_columns(self.rows, self.objective.quadratic_form)) ** 0.5)
-        total, flat = 0.0, np.zeros(self.shape[1])
-        for k in track(range(self.shape[1]), "columns", self.objective.progress):
-            flat[:] = 0
-            flat[k] = 1
-            total += float(np.sum(np.square(self @ flat)))
-        return float(total**0.5)
+        squares = (np.sum(np.square(self._to_numpy(column), dtype=np.float64)) for column in self._columns("columns"))
+        return float(sum(squares) ** 0.5)
 
     def eigsh(self, k: int = 6, which: str = "LM", **options: Any) -> tuple[Any, Any]:
         """Some eigenvalues and eigenvectors, by ``scipy.sparse.linalg.eigsh`` (Lanczos), from a seeded start.
@@ -426,7 +426,7 @@ class Hessian:
         if not 1 <= k <= n:
             raise ValueError(f"hessian: k must be in 1 … {n}; got {k!r}.")
         if k >= n - 1 or n <= 16:  # where Lanczos has no room
-            values, vectors = np.linalg.eigh(self.objective.network.arrays.numpy(self.dense()).astype(np.float64))
+            values, vectors = np.linalg.eigh(self._to_numpy(self.dense()).astype(np.float64))
             order = np.argsort(-np.abs(values) if which == "LM" else -values if which == "LA" else values)[:k]
             order = np.sort(order)
             return values[order], vectors[:, order]
@@ -477,14 +477,8 @@ class Hessian:
 
     def dense(self) -> Array:
         """The block as a matrix of the framework: a product for each column."""
-        arrays, flat = self.objective.network.arrays, np.zeros(self.shape[1])
-        columns = []
-        for k in track(range(self.shape[1]), "columns", self.objective.progress):
-            flat[:] = 0
-            flat[k] = 1
-            product = self._product(self._unflatten(flat, self.cols))
-            columns.append(arrays.concatenate([arrays.reshape(product[n], (-1, 1)) for n in self.rows]))
-        return arrays.concatenate(columns, axis=-1)
+        arrays = self.objective.network.arrays
+        return arrays.concatenate([arrays.reshape(column, (-1, 1)) for column in self._columns("columns")], axis=-1)
 
     def _square(self, method: str) -> None:
         if not self.is_square:
@@ -498,6 +492,11 @@ class Hessian:
         made = Value(value)
         made._exactness = exactness
         return made
+
+
+def exactness_of(objective: Objective, groups: Mapping[str, Sequence[str]], exact: bool) -> dict[str, Exactness]:
+    """Of the diagonal block of each group of parameters, by label."""
+    return {label: Hessian(objective, names, names, exact).exactness for label, names in groups.items()}
 
 
 def _some(names: Sequence[str]) -> str:

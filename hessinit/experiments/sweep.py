@@ -26,6 +26,7 @@ KAPPA_COLUMNS = [*REDRAW_KEYS, "layer", "kappa"]
 FRAMEWORKS = ("torch", "keras")
 OPTIMIZERS = ("sgd",)
 
+Kappas = list[list[float]]
 Task = TypeVar("Task")
 Outcome = TypeVar("Outcome")
 
@@ -173,7 +174,7 @@ class Store:
         keys = {_key(asdict(draw), REDRAW_KEYS) for draw in draws}
         return [row for row in self.kappas if _key(row, REDRAW_KEYS) in keys]
 
-    def add_kappas(self, draws: Iterable[Redraw], kappas: Iterable[Sequence[float]]) -> None:
+    def add_kappas(self, draws: Iterable[Redraw], kappas: Kappas) -> None:
         """Writes κ of some redraws, a row a layer; layers are named as in the slides."""
         for draw, values in zip(draws, kappas, strict=True):
             key = {name: str(value) for name, value in asdict(draw).items()}
@@ -233,15 +234,16 @@ def sweep(
         All runs of the plan.
     """
     runs = list(plan.runs(data.name))
-    for run, result in _each(train, store.missing(runs), data, jobs):
-        store.add(run, result)
-        if on_run is not None:
-            on_run(run, result)
+    _each(train, store.missing(runs), data, jobs, store.add, on_run)
     return runs
 
 
 def redraw(
-    plan: Plan, data: Dataset, store: Store, jobs: int = 1, on_draws: Callable[[list[Redraw]], object] | None = None
+    plan: Plan,
+    data: Dataset,
+    store: Store,
+    jobs: int = 1,
+    on_draws: Callable[[list[Redraw]], object] | None = None,
 ) -> list[Redraw]:
     """Measures κ of the redraws of a plan that are not in the store yet, and stores those of a row at a time.
 
@@ -257,25 +259,30 @@ def redraw(
     """
     draws = list(plan.draws(data.name))
     groups = itertools.groupby(store.missing_draws(draws), lambda draw: (draw.initializer, draw.activation))
-    for group, kappas in _each(measure, [list(group) for _, group in groups], data, jobs):
-        store.add_kappas(group, kappas)
-        if on_draws is not None:
-            on_draws(group)
+    told = None if on_draws is None else lambda group, kappas: on_draws(group)
+    _each(measure, [list(group) for _, group in groups], data, jobs, store.add_kappas, told)
     return draws
 
 
 def _each(
-    work: Callable[[Task, Dataset], Outcome], tasks: Sequence[Task], data: Dataset, jobs: int
-) -> Iterable[tuple[Task, Outcome]]:
-    """Every task with what came out, as they end."""
+    work: Callable[[Task, Dataset], Outcome],
+    tasks: Sequence[Task],
+    data: Dataset,
+    jobs: int,
+    *then: Callable[[Task, Outcome], object] | None,
+) -> None:
+    """Does every task, and calls what comes then with it and its outcome, as they end."""
     from joblib import Parallel, delayed
 
-    if jobs == 1 or len(tasks) < 2:
-        return ((task, work(task, data)) for task in tasks)
-    # Copy-on-write maps: processes share the images, and torch takes them without complaint.
-    pool = Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c")
-    results: Iterable[tuple[Task, Outcome]] = pool(delayed(_one)(work, task, data) for task in tasks)
-    return results
+    done: Iterable[tuple[Task, Outcome]] = ((task, work(task, data)) for task in tasks)
+    if jobs > 1 and len(tasks) > 1:
+        # Copy-on-write maps: processes share the images, and torch takes them without complaint.
+        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c")
+        done = pool(delayed(_one)(work, task, data) for task in tasks)
+    for task, outcome in done:
+        for call in then:
+            if call is not None:
+                call(task, outcome)
 
 
 def _one(work: Callable[[Task, Dataset], Outcome], task: Task, data: Dataset) -> tuple[Task, Outcome]:

@@ -71,20 +71,6 @@ class Follower:
     input_moment: float | None = None
 
 
-TARGET_KEYS = ("labels", "label", "targets", "target", "y")
-
-
-def split_targets(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """A dict batch without its targets, and the targets."""
-    keys = [key for key in TARGET_KEYS if key in batch]
-    if len(keys) != 1:
-        raise ValueError(
-            f"batch must hold its targets under one of {', '.join(TARGET_KEYS)} when it is a dict; "
-            f"got keys {', '.join(map(str, batch))} (or pass forward=)"
-        )
-    return {key: value for key, value in batch.items() if key != keys[0]}, batch[keys[0]]
-
-
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:
     """The name, by ``id``, of the innermost of some modules among the callers of what raised the error; "" if none."""
     found, trace = "", error.__traceback__
@@ -100,7 +86,7 @@ class Arrays(Protocol):
     def is_array(self, x: Any, /) -> bool: ...
     def is_floating(self, x: Array, /) -> bool: ...
     def asarray(self, x: Any, like: Array) -> Array:
-        """X in the dtype and on the device of ``like``."""
+        """``x`` in the dtype and on the device of ``like``."""
 
     def numpy(self, x: Array) -> npt.NDArray[Any]: ...
     def reshape(self, x: Array, shape: Sequence[int], /) -> Array: ...
@@ -200,8 +186,8 @@ class Network(Protocol):
             seed: of the model's random choices.
         """
 
-    def forward(self, batch: Any) -> tuple[Any, Any]:
-        """Outputs and targets of a batch: a pair (inputs, targets), or a dict with the targets among its keys."""
+    def forward(self, inputs: Any) -> Any:
+        """The model's outputs, in the mode that :meth:`pure` was given."""
 
     def targets(self, y: Any, z: Array) -> Array:
         """Targets as an array on the device of the outputs z."""

@@ -184,9 +184,8 @@ class KerasNetwork:
             for layer, attributes in saved:
                 layer.__dict__.update({rate: attributes[rate] for rate in _RATES if rate in attributes})
 
-    def forward(self, batch: Any) -> tuple[Any, Any]:
-        inputs, targets = base.split_targets(batch) if isinstance(batch, Mapping) else batch
-        return self.model(inputs, training=self._training), targets
+    def forward(self, inputs: Any) -> Any:
+        return self.model(inputs, training=self._training)
 
     def targets(self, y: Any, z: Any) -> Any:
         y = keras.ops.convert_to_tensor(y)
@@ -228,11 +227,9 @@ def _torch_seeded(seed: int | None) -> Iterator[None]:
     if keras.backend.backend() != "torch":
         yield
         return
-    import torch
+    from hessinit.networks.torch_autodiff import seeded
 
-    with torch.random.fork_rng([]):
-        if seed is not None:
-            torch.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+    with seeded(seed, cuda=()):
         yield
 
 

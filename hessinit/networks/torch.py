@@ -18,7 +18,7 @@ from hessinit.layout import TORCH, Layout
 from hessinit.networks import base, torch_loss
 from hessinit.networks.base import Arrays, Derivatives, Follower, Named, Parameter
 from hessinit.networks.graph import numpy_or
-from hessinit.networks.torch_autodiff import TorchArrays, TorchDerivatives, pure
+from hessinit.networks.torch_autodiff import TorchArrays, TorchDerivatives, cuda_devices, pure
 from hessinit.networks.torch_follow import NORM, as_numpy_function, call, module_order, trace
 
 Array = npt.NDArray[np.floating[Any]]
@@ -150,19 +150,15 @@ class TorchNetwork:
         return []  # nothing is compiled
 
     def random_state(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.random.fork_rng({p.device for p in self._tensors.values() if p.device.type == "cuda"})
+        return torch.random.fork_rng(cuda_devices(self.model))
 
     def pure(
         self, training: bool | None, dropout: bool, seed: int
     ) -> contextlib.AbstractContextManager[Callable[[Named, Callable[[], Any]], Any]]:
         return pure(self.model, self._tensors, training, dropout, seed)
 
-    def forward(self, batch: Any) -> tuple[Any, Any]:
-        if isinstance(batch, Mapping):
-            inputs, targets = base.split_targets(batch)
-            return call(self.model, inputs), targets
-        inputs, targets = batch
-        return call(self.model, inputs), targets
+    def forward(self, inputs: Any) -> Any:
+        return call(self.model, inputs)
 
     def targets(self, y: Any, z: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(y, device=z.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy.typing as npt
@@ -148,7 +149,7 @@ def _forward_or_reverse(forward: Callable[[], T], reverse: Callable[[], T]) -> T
     """The answer in forward mode, or in reverse mode where an operation has no forward formula."""
     try:
         return forward()
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         if not any(word in str(error) for word in ("forward AD", "forward mode", "jvp", "ZeroTensor")):
             raise
         first = error
@@ -267,6 +268,28 @@ def differentiable_kernels(recurrent: bool, compiled: bool) -> Iterator[None]:
         yield
 
 
+def cuda_devices(model: nn.Module) -> set[torch.device]:
+    """Of a model's parameters; the random state of the CPU needs no naming."""
+    return {p.device for p in model.parameters() if p.device.type == "cuda"}
+
+
+@lru_cache(maxsize=8)
+def _random_state(seed: int) -> Tensor:
+    return torch.Generator().manual_seed(seed).get_state()
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None, cuda: Collection[torch.device]) -> Iterator[None]:
+    """The global random state from a seed, or as it is for None; put back at the end."""
+    with torch.random.fork_rng(cuda):
+        if seed is not None:
+            torch.set_rng_state(_random_state(seed))  # torch.manual_seed takes as long as a small model's forward pass
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
+        yield
+
+
 @contextlib.contextmanager
 def pure(
     model: nn.Module, tensors: Mapping[str, Tensor], training: bool | None, dropout: bool, seed: int
@@ -289,25 +312,20 @@ def pure(
     buffers = [(m, local, b) for m in modules for local, b in m._buffers.items() if b is not None]
     recurrent = [m for m in modules if isinstance(m, nn.RNNBase)]
     compiled = any(m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in modules)
-    devices = {p.device for _, _, _, p in places if p.device.type == "cuda"}
-
-    start = torch.Generator().manual_seed(seed).get_state()
+    cuda = cuda_devices(model)
 
     def apply(values: Named, run: Callable[[], Any]) -> Any:
         copies = {id(b): b.detach().clone() for _, _, b in buffers}
         for module, local, name, parameter in places:
             # A plain tensor in a parameter's place, as in torch.func.functional_call
             value = None if name is None else values.get(name)
-            module._parameters[local] = parameter.detach() if value is None else value  # type: ignore[assignment]
+            slots: dict[str, Any] = module._parameters
+            slots[local] = parameter.detach() if value is None else value
         for module, local, buffer in buffers:
             module._buffers[local] = copies[id(buffer)]
         for module in recurrent:
             module.__dict__["_flat_weights"] = [module._parameters.get(n) for n in module._flat_weights_names]
-        with torch.random.fork_rng(devices), _Differentiable(dropout):
-            torch.set_rng_state(start)  # torch.manual_seed takes as long as a small model's forward pass
-            for device in devices:
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
+        with seeded(seed, cuda), _Differentiable(dropout):
             return run()
 
     try:

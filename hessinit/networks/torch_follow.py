@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hessinit.networks.base import Follower
 from hessinit.networks.graph import State, WeightGraph, is_activation
+from hessinit.networks.torch_autodiff import cuda_devices
 
 Array = npt.NDArray[np.floating[Any]]
 NORM = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -168,7 +169,6 @@ def trace(model: nn.Module, inputs: Any, names: Mapping[int, str]) -> Mapping[st
     modes = [(module, module.training) for module in model.modules()]
     functions = [(module, _activation_of(module)) for module, _ in modes]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     hooks = []
     try:
         for module, function in functions:
@@ -176,7 +176,7 @@ def trace(model: nn.Module, inputs: Any, names: Mapping[int, str]) -> Mapping[st
             if function is not None:
                 hooks.append(module.register_forward_pre_hook(tracer.enter))
                 hooks.append(module.register_forward_hook(partial(tracer.leave, function)))
-        with torch.no_grad(), torch.random.fork_rng(devices), tracer:
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(model)), tracer:
             outputs = call(model, inputs)
     finally:
         for hook in hooks:
