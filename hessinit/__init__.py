@@ -17,13 +17,14 @@ if TYPE_CHECKING:
         HessianTruncatedNormal,
         HessianUniform,
     )
-    from hessinit.model import init_
+    from hessinit.model import init_, rescale_
     from hessinit.report import Report
 
 __version__ = "0.1.0"
 
 _HOME = {
     "init_": "hessinit.model",
+    "rescale_": "hessinit.model",
     "Report": "hessinit.report",
     "HessianInit": "hessinit.keras",
     "HessianNormal": "hessinit.keras",
@@ -41,6 +42,7 @@ __all__ = [
     "Report",
     "curvature",
     "init_",
+    "rescale_",
 ]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -60,14 +63,20 @@ class Batches:
 
     def part(self, batch: Any, start: int, stop: int) -> Any:
         """Samples start … stop of every array of a batch that has one entry a sample."""
-        return self._part(batch, self.samples(batch), start, stop)
+        return self.choose(batch, lambda array: array[start:stop])
 
-    def _part(self, tree: Any, samples: int | None, start: int, stop: int) -> Any:
+    def choose(self, batch: Any, rows: Callable[[Any], Any]) -> Any:
+        """A batch with some rows of every array that has one entry a sample."""
+        return self._choose(batch, self.samples(batch), rows)
+
+    def _choose(self, tree: Any, samples: int | None, rows: Callable[[Any], Any]) -> Any:
         if isinstance(tree, Mapping):
-            return {key: self._part(part, samples, start, stop) for key, part in tree.items()}
+            return {key: self._choose(part, samples, rows) for key, part in tree.items()}
+        if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+            return type(tree)(*(self._choose(part, samples, rows) for part in tree))
         if isinstance(tree, (list, tuple)):
-            return type(tree)([self._part(part, samples, start, stop) for part in tree])
-        return tree[start:stop] if self._is_array(tree) and len(tree.shape) and tree.shape[0] == samples else tree
+            return type(tree)([self._choose(part, samples, rows) for part in tree])
+        return rows(tree) if self._is_array(tree) and len(tree.shape) and tree.shape[0] == samples else tree
 
     def split(self, batch: Any, size: int | None) -> Iterator[Any]:
         """A batch in parts of at most ``size`` samples; None for the whole."""
@@ -77,6 +86,22 @@ class Batches:
         else:
             for start in range(0, samples, size):
                 yield self.part(batch, start, start + size)
+
+
+@contextlib.contextmanager
+def random_states_kept(framework: AbstractContextManager[Any]) -> Iterator[None]:
+    """Puts the global random states back that a shuffling loader uses, so its order is the same every time.
+
+    Args:
+        framework: a context that does so for the framework's own.
+    """
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with framework:
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
 
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")

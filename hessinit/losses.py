@@ -78,6 +78,19 @@ class Loss:
         """The outputs as the loss sees them before the last softmax or sigmoid, up to what the loss ignores."""
         return z
 
+    def level(self, z: Array, y: Array) -> tuple[Array, float]:
+        """Square of the level times a number, differentiable in z, and that number: both add up over the data.
+
+        The level is the root mean square of the class-centred logits under cross-entropy, of the outputs over the
+        targets' standard deviation in a regression, and of the outputs themselves under any other loss.
+        """
+        natural = self.natural(z, y)
+        return self.arrays.sum(natural * natural), float(np.prod(z.shape)) * self._unit(y) ** 2
+
+    def _unit(self, y: Array) -> float:
+        """What outputs are measured in."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
@@ -211,6 +224,11 @@ class CrossEntropy(Loss):
         log_p = self._log_p(z, y)
         return log_p - self.arrays.sum(log_p, self._axis(z, y)) / z.shape[self._axis(z, y)]
 
+    def level(self, z: Array, y: Array) -> tuple[Array, float]:
+        axis, natural = self._axis(z, y), self.natural(z, y)
+        centred = natural - self.arrays.sum(natural, axis) / z.shape[axis]
+        return self.arrays.sum(centred * centred), float(np.prod(z.shape))
+
 
 @dataclass(frozen=True)
 class Elementwise(Loss):
@@ -241,8 +259,16 @@ class Elementwise(Loss):
         return self.arrays.sqrt(self.second(z, self.arrays.asarray(y, z))) * signs
 
 
+class Regression(Elementwise):
+    """A loss of real targets, whose outputs are measured in the targets' standard deviation."""
+
+    def _unit(self, y: Array) -> float:
+        values = self.arrays.numpy(y).astype(np.float64)
+        return float(np.sqrt(values.var(axis=0).mean()) or np.sqrt(np.mean(values**2)) or 1.0)
+
+
 @dataclass(frozen=True)
-class SquaredError(Elementwise):
+class SquaredError(Regression):
     """``(z − y)²``."""
 
     def value(self, z: Array, y: Array) -> Array:
@@ -323,7 +349,7 @@ class PoissonNLL(Elementwise):
 
 
 @dataclass(frozen=True)
-class Huber(Elementwise):
+class Huber(Regression):
     """``(z − y)²/2`` up to δ and ``δ(|z − y| − δ/2)`` beyond, times a factor (1/δ for torch's smooth L1).
 
     Args:

@@ -1,16 +1,20 @@
-"""Whole models: draw, check, write, and put everything back on an error."""
+"""Whole models: draw, calibrate, check, write, and put everything back on an error."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
 from hessinit import rules
+from hessinit.batches import Batches, inputs_and_targets, random_states_kept
+from hessinit.calibration import LEVEL, MAX_SCALE, Calibration, Target, calibrate, take
+from hessinit.calibration import check as check_target
 from hessinit.draw import check_distribution, draw, stream
 from hessinit.layout import Fans
 from hessinit.networks import wrap
@@ -19,19 +23,31 @@ from hessinit.report import Report, Row
 
 Model = TypeVar("Model")
 Globs = str | Sequence[str]
+Forward = Callable[[Any, Any], tuple[Any, Any]]
+CLOSED_FORM, CURRENT = "closed_form", "current"
 
 
 @overload
 def init_(
     model: Model,
     batch: Any = None,
+    loss: Any = None,
     *,
+    lr: float | None = None,
+    optimizer: Any = None,
+    base: str = CLOSED_FORM,
     distribution: str = "orthogonal",
     nonlinearity: Any = "relu",
     generator: Any = None,
     seed: int | None = None,
     include: Globs | None = None,
     exclude: Globs | None = None,
+    forward: Forward | None = None,
+    num_samples: int | None = None,
+    level: tuple[float, float] = LEVEL,
+    budget: float | None = None,
+    max_scale: float = MAX_SCALE,
+    progress: bool | None = None,
     return_report: Literal[False] = False,
 ) -> Model: ...
 
@@ -40,13 +56,23 @@ def init_(
 def init_(
     model: Model,
     batch: Any = None,
+    loss: Any = None,
     *,
+    lr: float | None = None,
+    optimizer: Any = None,
+    base: str = CLOSED_FORM,
     distribution: str = "orthogonal",
     nonlinearity: Any = "relu",
     generator: Any = None,
     seed: int | None = None,
     include: Globs | None = None,
     exclude: Globs | None = None,
+    forward: Forward | None = None,
+    num_samples: int | None = None,
+    level: tuple[float, float] = LEVEL,
+    budget: float | None = None,
+    max_scale: float = MAX_SCALE,
+    progress: bool | None = None,
     return_report: Literal[True],
 ) -> tuple[Model, Report]: ...
 
@@ -54,31 +80,59 @@ def init_(
 def init_(
     model: Any,
     batch: Any = None,
+    loss: Any = None,
     *,
+    lr: float | None = None,
+    optimizer: Any = None,
+    base: str = CLOSED_FORM,
     distribution: str = "orthogonal",
     nonlinearity: Any = "relu",
     generator: Any = None,
     seed: int | None = None,
     include: Globs | None = None,
     exclude: Globs | None = None,
+    forward: Forward | None = None,
+    num_samples: int | None = None,
+    level: tuple[float, float] = LEVEL,
+    budget: float | None = None,
+    max_scale: float = MAX_SCALE,
+    progress: bool | None = None,
     return_report: bool = False,
 ) -> Any:
-    """Sets every weight of a model to the closed form's curvature-neutral scale.
+    """Sets every weight of a model: at the closed form's scale, or where the optimizer's first step uses its budget.
 
-    Each weight gets standard deviation ``1 / (g (fan_in fan_out)^(1/4))`` (:mod:`hessinit.rules`), with the gain g of
-    the activation that follows it and of the depth of the chain of layers that it belongs to. Biases become zero, norm
-    layers one and zero. The activation and the depth are read from module order in ``nn.Sequential`` and from the graph
-    of a Keras ``Sequential`` or functional model; for any other model from one traced forward pass if ``batch`` is
-    given, and else ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain also takes the scale of the
-    inputs out (:func:`hessinit.rules.input_layer_std`).
+    **Closed form** (no learning rate known). Each weight gets standard deviation ``1 / (g (fan_in fan_out)^(1/4))``
+    (:mod:`hessinit.rules`), with the gain g of the activation that follows it and of the depth of the chain of layers
+    that it belongs to. Biases become zero, norm layers one and zero. The activation and the depth are read from module
+    order in ``nn.Sequential`` and from the graph of a Keras ``Sequential`` or functional model; for any other model
+    from one traced forward pass if ``batch`` is given, and else ``nonlinearity`` is assumed. With ``batch`` the first
+    layer of a chain also takes the scale of the inputs out (:func:`hessinit.rules.input_layer_std`).
 
-    Nothing but these parameters changes: not modes, buffers, gradients or the global random state. An error, or an
-    interruption, leaves every parameter as it was. Frozen parameters are left unless ``include`` names them.
+    **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
+    by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs
+    stay at a sensible level; among all ways to do so, by the one that changes the trace of G most
+    (:mod:`hessinit.budget`). A ρ between c and 2, where a step gains nothing, is left as it is. Δ is
+    computed by a private copy of the optimizer, with its weight decay and parameter groups; momentum counts with the
+    step of its steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak learning rate. The batch goes
+    through the model in training mode, without dropout. It takes at most 60 gradient passes over the batch, mostly 20
+    to 35.
+
+    Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
+    error, or an interruption, leaves every parameter as it was. Frozen parameters are left unless ``include`` names
+    them.
 
     Args:
         model: ``torch.nn.Module`` or ``keras.Model`` (built, unless ``batch`` is given).
-        batch: inputs, or a pair of inputs and targets, of which the closed form reads the inputs; a dict for keyword
-            inputs. Any number of samples; one forward pass is made. Default: none.
+        batch: inputs alone, of which the closed form reads the scale and the graph; or, for the budget, a pair (inputs,
+            targets), a dict with the targets under ``labels``, ``targets`` or ``y``, or a loader of either.
+        loss: for the budget: a name (``"cross_entropy"``, ``"mse"``, ``"bce_with_logits"``, ``"nll"``,
+            ``"poisson_nll"``, ``"huber"``), a loss of the framework, or a callable of (outputs, targets). Default: that
+            of a compiled Keras model.
+        lr: learning rate of plain SGD, the peak one of a schedule.
+        optimizer: in place of ``lr``, an optimizer of the framework; its state is neither used nor changed. Default:
+            that of a compiled Keras model.
+        base: ``"closed_form"`` (default), or ``"current"`` to scale the weights that are there and leave all else, as
+            :func:`rescale_` does.
         distribution: ``"orthogonal"`` (default), ``"normal"``, ``"truncated_normal"`` or ``"uniform"``.
         nonlinearity: a name, or a function of NumPy arrays or of the framework's tensors, for weights whose
             activation is not known; default ``"relu"``.
@@ -88,6 +142,16 @@ def init_(
             calls with no other draw between them give the same weights.
         include: name glob or globs; only parameters that match one are set. Default: all.
         exclude: name glob or globs; parameters that match one are left.
+        forward: function of (model, batch) that returns (outputs, targets), for batches of any structure.
+        num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
+            Default 256, or fewer of texts and label images: 4096 loss terms, at least 32 samples.
+        level: lowest and highest root mean square of the class-centred logits (regression: of the outputs, in standard
+            deviations of the targets). Default (0.3, 1.0).
+        budget: the step sharpness to come to. Default: between c and 2, with c = 0.7 for steps proportional to the
+            gradient (SGD, with or without momentum) and 0.18 for steps by its sign (Adam, AdamW, Lion), which do not
+            shrink as the gradient does.
+        max_scale: largest factor on a weight, at least 1; the smallest is 1/20. Default 4.
+        progress: whether to show a bar over the batches of a loader. Default: where standard error is a terminal.
         return_report: whether to return ``(model, report)``. Default False.
 
     Returns:
@@ -96,7 +160,8 @@ def init_(
     Raises:
         TypeError: ``model`` of another kind, or an argument of a wrong type.
         ValueError: unknown distribution or nonlinearity, globs that match nothing, both ``generator`` and ``seed``,
-            inputs that the model refuses or that are not finite, an unbuilt Keras model.
+            inputs that the model refuses or that are not finite, an unbuilt Keras model; for the budget a learning rate
+            or loss that is missing, targets that do not fit, outputs or gradients that are not finite.
 
     Example:
         >>> import torch, hessinit
@@ -106,62 +171,170 @@ def init_(
         >>> row.activation, round(row.gain**2, 6), round(row.std, 4), round(row.std_drawn, 4)
         ('ReLU', 0.5, 0.0795, 0.0795)
 
+        Twice the learning rate has half the curvature:
+
+        >>> from hessinit import curvature
+        >>> x, y = torch.randn(256, 784, generator=torch.Generator().manual_seed(0)), torch.arange(256) % 10
+        >>> for lr in 0.1, 0.2:
+        ...     net = hessinit.init_(net, (x, y), "cross_entropy", lr=lr, seed=0)
+        ...     print(f"ρ = {curvature.step_sharpness(net, (x, y), 'cross_entropy', lr):.1f}")
+        ρ = 0.7
+        ρ = 0.7
+
     References:
         M. Skorski, "Approximating Hessians for Neural Networks", 2021. M. Skorski, A. Temperoni, M. Theobald,
         "Revisiting Weight Initialization of Deep Neural Networks", ACML 2021.
     """
-    check_distribution(distribution, "init_")
-    network = wrap(model, "init_")
-    function = network.nonlinearity(nonlinearity)
-    rules.gain(function)
-    inputs = _inputs(batch)
+    function = "init_"
+    if base not in (CLOSED_FORM, CURRENT):
+        raise ValueError(f"{function}: base must be {CLOSED_FORM!r} or {CURRENT!r}; got {base!r}.")
+    check_distribution(distribution, function)
+    network = wrap(model, function)
+    loss, optimizer = _known(function, network, batch, loss, lr, optimizer)
+    calibrated = lr is not None or optimizer is not None
+    target = Target(loss, lr, optimizer, budget, level, max_scale, num_samples, forward, progress)
+    check_target(function, target)
+    activation = network.nonlinearity(nonlinearity)
+    rules.gain(activation)
+    seed = _seed(network, generator, seed)
+    data, samples = _taken(function, network, batch, num_samples, seed) if calibrated else (batch, 0)
+    inputs = _inputs(data, calibrated, forward)
     with _forward_errors(inputs):
-        network.prepare(inputs, "init_")
+        network.prepare(inputs, function)
     parameters = network.parameters()
     left = _left_alone(parameters, include, exclude)
-    seed = _seed(network, generator, seed)
-    with _forward_errors(inputs):
-        followers = network.followers(inputs)
-    if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
-        raise ValueError("init_: batch must be finite; got NaN or infinity in the inputs.")
-    assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", function)
     rows: dict[str, Row] = {}
-    saved: dict[str, Any] = {}
-    try:
-        for parameter in parameters:
-            name = parameter.name
-            if name in left:
-                rows[name] = _row(parameter, touched=False, note=left[name])
-                continue
-            saved[name] = network.snapshot(name)
-            rows[name] = _set(network, parameter, followers.get(name, assumed), distribution, seed)
-    except BaseException:  # an interruption too must leave no weight half-written
-        for name, values in saved.items():
-            network.restore(name, values)
-        raise
-    report = Report(tuple(rows[p.name] for p in parameters), seed, distribution)
+    values: dict[str, Any] = {}
+    if base == CURRENT:
+        _keep(network, parameters, left, rows, values)
+    else:
+        with _forward_errors(inputs):
+            followers = network.followers(inputs)
+        if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
+            raise ValueError("init_: batch must be finite; got NaN or infinity in the inputs.")
+        assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation)
+        for p in parameters:
+            if p.name in left:
+                rows[p.name] = _row(p, touched=False, note=left[p.name])
+            else:
+                values[p.name], rows[p.name] = _drawn(p, followers.get(p.name, assumed), distribution, seed)
+    calibration = None
+    if calibrated:
+        weights = {p.name: values[p.name] for p in parameters if p.role == WEIGHT and p.name in values}
+        weights = {name: w for name, w in weights.items() if np.any(w)}
+        if not weights:
+            raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
+        others = {name: v for name, v in values.items() if name not in weights}
+        calibration = calibrate(function, model, data, samples, target, weights, others, seed)
+        for name, scale in calibration.scales.items():
+            values[name] = values[name] * np.asarray(scale, values[name].dtype)
+            rows[name] = _scaled(rows[name], calibration, name)
+        if base == CURRENT:
+            values = {name: values[name] for name in weights}
+    _write(network, values)
+    report = Report(tuple(rows[p.name] for p in parameters), seed, distribution, calibration)
     return (model, report) if return_report else model
 
 
-def _set(network: Network, parameter: Parameter, follower: Follower, distribution: str, seed: int) -> Row:
-    """Draws and writes one parameter."""
-    if parameter.role in (BIAS, NORM_OFFSET, NORM_SCALE):
-        value = 1.0 if parameter.role == NORM_SCALE else 0.0
-        network.write(parameter.name, np.full(parameter.shape, value, np.float32))
-        return _row(parameter, touched=True, note=f"set to {value:g}")
-    assert parameter.layout is not None  # of every weight that is chosen, see _left_alone
-    fans = parameter.layout.fans(parameter.shape)
+def rescale_(model: Any, batch: Any, loss: Any = None, **options: Any) -> Any:
+    """Scales the weights that are there, by whatever initializer, so that the optimizer's first step uses its budget.
+
+    :func:`init_` with ``base="current"``: the budget alone. Biases, norms and every other parameter stay; so does a
+    weight that is all zero.
+
+    Args:
+        model: as for :func:`init_`.
+        batch: as for :func:`init_`, with targets.
+        loss: as for :func:`init_`.
+        options: ``lr``, ``optimizer``, ``include``, ``exclude``, ``forward``, ``num_samples``, ``level``, ``budget``,
+            ``max_scale``, ``progress``, ``seed``, ``generator``, ``return_report``, as for :func:`init_`.
+
+    Returns:
+        As :func:`init_`.
+
+    Example:
+        >>> import torch, hessinit
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+        >>> before = net[0].weight.detach().clone()
+        >>> data = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+        >>> _, report = hessinit.rescale_(net, data, "cross_entropy", lr=0.1, seed=0, return_report=True)
+        >>> torch.allclose(net[0].weight, before * report["0.weight"].scale)
+        True
+    """
+    return init_(model, batch, loss, base=CURRENT, **options)
+
+
+def _known(function: str, network: Network, batch: Any, loss: Any, lr: float | None, optimizer: Any) -> tuple[Any, Any]:
+    """Loss and optimizer, of a compiled Keras model its own; (None, None) where the closed form is asked for."""
+    own_loss, own_optimizer = network.compiled()
+    asked = lr is not None or optimizer is not None or loss is not None
+    paired = isinstance(batch, (tuple, list)) and len(batch) == 2
+    loader = batch is not None and not paired and not hasattr(batch, "shape") and not isinstance(batch, Mapping)
+    if not asked and not paired and not loader:
+        return None, None
+    if batch is None:
+        raise ValueError(f"{function}: batch must be given with loss, lr or optimizer; got None.")
+    if lr is None and optimizer is None:
+        optimizer = own_optimizer
+    if lr is None and optimizer is None:
+        raise ValueError(
+            f"{function}: lr or optimizer must be given with a batch of inputs and targets; got neither. How much "
+            "curvature is right depends on the step to be taken: pass lr= (SGD) or optimizer=, or the inputs alone for "
+            "the closed form."
+        )
+    loss = own_loss if loss is None else loss
+    if loss is None:
+        raise ValueError(f"{function}: loss must be given with lr or optimizer; got None.")
+    return loss, optimizer
+
+
+def _taken(function: str, network: Network, batch: Any, num_samples: int | None, seed: int) -> tuple[Any, int]:
+    """The samples that the budget is measured on, and their number."""
+    try:
+        with random_states_kept(network.random_state()):
+            return take(Batches(batch, network.arrays.is_array, False), num_samples, network.arrays, seed)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{function}: {str(error).rstrip('.')}.") from error
+
+
+def _keep(
+    network: Network,
+    parameters: Sequence[Parameter],
+    left: Mapping[str, str],
+    rows: dict[str, Row],
+    values: dict[str, Any],
+) -> None:
+    """The present weights as the base; every other parameter stays."""
+    for p in parameters:
+        if p.name in left or p.role != WEIGHT:
+            rows[p.name] = _row(p, touched=False, note=left.get(p.name, "left: not a weight"))
+            continue
+        values[p.name] = np.array(network.arrays.numpy(network.values([p.name])[p.name]))
+        assert p.layout is not None  # of every weight
+        fans = p.layout.fans(p.shape)
+        std = float(np.sqrt(np.mean(np.square(values[p.name], dtype=np.float64)))) if values[p.name].size else math.nan
+        note = "rescaled" if std > 0 else "left: zero"
+        numbers = {"fan_in": fans.fan_in, "fan_out": fans.fan_out, "std": std, "std_drawn": std}
+        rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
+
+
+def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int) -> tuple[Any, Row]:
+    """The closed form's values of one parameter."""
+    if p.role in (BIAS, NORM_OFFSET, NORM_SCALE):
+        value = 1.0 if p.role == NORM_SCALE else 0.0
+        return np.full(p.shape, value, np.float32), _row(p, touched=True, note=f"set to {value:g}")
+    assert p.layout is not None  # of every weight that is chosen, see _left_alone
+    fans = p.layout.fans(p.shape)
     gain = rules.gain(follower.function, depth=follower.depth)
     std, note = _std(fans, gain, follower)
-    wide = np.float64 if parameter.dtype == "float64" else np.float32
-    values = draw(parameter.shape, parameter.layout, std, distribution, stream(seed, parameter.key), wide)
+    wide = np.float64 if p.dtype == "float64" else np.float32
+    values = draw(p.shape, p.layout, std, distribution, stream(seed, p.key), wide)
     std_drawn = float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else math.nan
-    if parameter.zero_row is not None:
-        values[parameter.zero_row] = 0
-        note += f", row {parameter.zero_row} (padding) zero"
-    network.write(parameter.name, values)
-    return _row(
-        parameter,
+    if p.zero_row is not None:
+        values[p.zero_row] = 0
+        note += f", row {p.zero_row} (padding) zero"
+    row = _row(
+        p,
         touched=True,
         note=note,
         fan_in=fans.fan_in,
@@ -172,6 +345,20 @@ def _set(network: Network, parameter: Parameter, follower: Follower, distributio
         std=std,
         std_drawn=std_drawn,
     )
+    return values, row
+
+
+def _write(network: Network, values: Mapping[str, Any]) -> None:
+    """Writes all parameters or, on an error or an interruption, none."""
+    saved: dict[str, Any] = {}
+    try:
+        for name, value in values.items():
+            saved[name] = network.snapshot(name)
+            network.write(name, value)
+    except BaseException:
+        for name, value in saved.items():
+            network.restore(name, value)
+        raise
 
 
 def _std(fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:
@@ -186,6 +373,18 @@ def _std(fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:
 def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:
     p = parameter
     return Row(name=p.name, shape=p.shape, dtype=p.dtype, role=p.role, touched=touched, note=note, **numbers)
+
+
+def _scaled(row: Row, calibration: Calibration, name: str) -> Row:
+    """A row after the calibration."""
+    scale = calibration.scales[name]
+    return replace(
+        row,
+        scale=scale,
+        std=row.std * scale,
+        curvature_before=calibration.before.curvature[name],
+        curvature=calibration.after.curvature[name],
+    )
 
 
 @contextlib.contextmanager
@@ -248,6 +447,11 @@ def _seed(network: Network, generator: Any, seed: int | None) -> int:
     return int(seed)
 
 
-def _inputs(batch: Any) -> Any:
-    """The inputs of a batch: of a pair (inputs, targets) the first, else the batch itself."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+def _inputs(data: Any, calibrated: bool, forward: Forward | None) -> Any:
+    """The inputs by which the model is traced: of a pair the first, of a loader those of its first batch."""
+    if not calibrated:
+        return data
+    if forward is not None:
+        return None
+    first = data[0] if isinstance(data, list) and not hasattr(data[0], "shape") else data
+    return inputs_and_targets(first)[0]

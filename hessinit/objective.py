@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hessinit.batches import Batches, inputs_and_targets
+from hessinit.batches import Batches, inputs_and_targets, random_states_kept
 from hessinit.draw import stream
 from hessinit.losses import Loss
 from hessinit.networks import wrap
@@ -89,6 +88,7 @@ class Objective:
                 self.network.prepare(first[0] if isinstance(first, (tuple, list)) else first, function)
             self.loss: Loss = self.network.loss(loss)
         self.parameters = {p.name: p for p in self.network.parameters()}
+        self.placed: dict[str, Array] = {}  # values that stand for the model's own
 
     # ---- names -------------------------------------------------------------------------------------------------
 
@@ -162,19 +162,9 @@ class Objective:
         inputs, targets = inputs_and_targets(batch)
         return self.network.forward(inputs), targets
 
-    @contextlib.contextmanager
-    def _random_state(self) -> Iterator[None]:
-        """Puts the global random states back that a shuffling loader uses, so its order is the same every time."""
-        if self.batches.in_memory:
-            yield
-            return
-        python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
-        try:
-            with self.network.random_state():
-                yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
+    def _random_state(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps the random states that a loader may use."""
+        return contextlib.nullcontext() if self.batches.in_memory else random_states_kept(self.network.random_state())
 
     @contextlib.contextmanager
     def named_errors(self) -> Iterator[None]:
@@ -255,13 +245,14 @@ class Objective:
         self.splits_checked = True
 
     def _numpy_outputs(self, chunk: Chunk) -> Any:
-        z, _ = self.network.derivatives.jvp(chunk.outputs, {}, {})
+        z, _ = self.network.derivatives.jvp(chunk.outputs, self.placed, {})
         return self.network.arrays.numpy(z)
 
     # ---- derivatives -----------------------------------------------------------------------------------------------
 
-    def _values(self, *names: Iterable[str]) -> dict[str, Array]:
-        return self.network.values(list(dict.fromkeys(n for group in names for n in group)))
+    def values(self, *names: Iterable[str]) -> dict[str, Array]:
+        """The named parameters, and all that are placed: a compiled function must not hold these as constants."""
+        return {**self.network.values(list(dict.fromkeys(n for group in names for n in group))), **self.placed}
 
     def check(self) -> None:
         """Raises where data, outputs and loss do not fit: of all data in memory, of a loader's first batch."""
@@ -271,7 +262,7 @@ class Objective:
         """The loss; ``first``: of the first chunk alone."""
 
         def work(chunk: Chunk) -> tuple[Array, float]:
-            z, _ = self.network.derivatives.jvp(chunk.outputs, {}, {})
+            z, _ = self.network.derivatives.jvp(chunk.outputs, self.placed, {})
             return z, float(self.network.arrays.numpy(self.loss.total(z, chunk.targets)))
 
         return float(self.over_data(work, first))
@@ -280,7 +271,8 @@ class Objective:
         """The loss's gradient: one backward pass."""
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
-            return self.network.derivatives.gradient(chunk.total, self._values(names))
+            value, found = self.network.derivatives.gradient(chunk.total, self.values(names))
+            return value, {name: found[name] for name in names}
 
         return dict(self.over_data(work))
 
@@ -288,7 +280,7 @@ class Objective:
         """``vᵀ G v``: one JVP."""
 
         def work(chunk: Chunk) -> tuple[Array, float]:
-            z, dz = self.network.derivatives.jvp(chunk.outputs, self._values(tangents), tangents)
+            z, dz = self.network.derivatives.jvp(chunk.outputs, self.values(tangents), tangents)
             return z, self.network.arrays.dot(dz, self.loss.product(z, chunk.targets, dz))
 
         return float(self.over_data(work))
@@ -297,7 +289,7 @@ class Objective:
         """Rows of ``G v``: one JVP and one VJP."""
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
-            values = self._values(tangents, rows)
+            values = self.values(tangents, rows)
             z, dz, pull = self.network.derivatives.jvp_vjp(chunk.outputs, values, tangents, rows)
             return z, pull(self.loss.product(z, chunk.targets, dz))
 
@@ -307,7 +299,7 @@ class Objective:
         """Rows of ``H v``, H the exact Hessian: forward over reverse."""
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
-            values = self._values(tangents, rows)
+            values = self.values(tangents, rows)
             return self.network.derivatives.hvp(chunk.total, values, tangents, rows)
 
         return dict(self.over_data(work))
@@ -322,7 +314,7 @@ class Objective:
         signs = stream(self.seed, "signs", str(probe))
 
         def work(chunk: Chunk) -> tuple[Array, Any]:
-            z, pull = self.network.derivatives.vjp(chunk.outputs, self._values(names))
+            z, pull = self.network.derivatives.vjp(chunk.outputs, self.values(names))
             epsilon = signs.integers(0, 2, tuple(z.shape)) * 2.0 - 1.0
             rooted = self.loss.root(z, chunk.targets, self.network.arrays.asarray(epsilon, z))
             return z, {name: reduce(g) for name, g in pull(rooted).items()}
@@ -337,7 +329,7 @@ class Objective:
         """
 
         def columns(chunk: Chunk) -> tuple[Array, Any]:
-            z, pull = self.network.derivatives.vjp(chunk.outputs, self._values(names))
+            z, pull = self.network.derivatives.vjp(chunk.outputs, self.values(names))
             sums: Any = None
             for sign, column in self.loss.columns(z, chunk.targets):
                 new = _scale(of(pull(column)), sign)
@@ -352,7 +344,7 @@ class Objective:
             for one in track(split, "samples", self.progress):
                 _, new = columns(one)
                 sums = new if sums is None else _add(sums, new)
-            z, _ = self.network.derivatives.jvp(chunk.outputs, {}, {})
+            z, _ = self.network.derivatives.jvp(chunk.outputs, self.placed, {})
             return z, sums
 
         return self.over_data(work)
@@ -365,7 +357,7 @@ class Objective:
         """The chunk's samples as chunks of their own if loss and network take each by itself, else []."""
         if (self.batches.samples(chunk.batch) or 0) < 2:
             return []
-        values = self._values(names)
+        values = self.values(names)
         tangents = self.random_direction(names, "separate")
 
         def form(part: Chunk) -> float:
@@ -385,7 +377,7 @@ class Objective:
     def random_direction(self, names: Sequence[str], key: str) -> dict[str, Array]:
         """Random signs of the parameters' shapes, the same at every call with the same key."""
         arrays, found = self.network.arrays, {}
-        for name, value in self._values(names).items():
+        for name, value in self.values(names).items():
             signs = stream(self.seed, key, name).integers(0, 2, tuple(value.shape)) * 2.0 - 1.0
             found[name] = arrays.asarray(signs, value)
         return found
@@ -396,7 +388,7 @@ class Objective:
         c are random signs, v random signs on ``cols``, and z the outputs before the loss's own softmax or sigmoid. The
         curvature effect ``D_z ℓ • D²_w z`` vanishes whatever the loss exactly when these do (with probability one).
         """
-        arrays, values = self.network.arrays, self._values(rows, cols)
+        arrays, values = self.network.arrays, self.values(rows, cols)
         tangents = self.random_direction(cols, "bend")
         weights = stream(self.seed, "outputs")
 

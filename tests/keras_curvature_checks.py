@@ -324,7 +324,7 @@ def test_names_frozen_variables_and_models_not_yet_built():
     assert curvature.hessian(model, (X, Y), CROSS_ENTROPY).shape == (15, 15)
     with pytest.raises(ValueError, match="params must be names or globs of parameters; got 'dense_99"):
         curvature.hessian(model, (X, Y), CROSS_ENTROPY, params="dense_99/*")
-    with pytest.raises(TypeError, match="optimizer_or_lr must be a learning rate or a keras.Optimizer"):
+    with pytest.raises(TypeError, match="optimizer must be a learning rate or a keras.Optimizer"):
         curvature.step_sharpness(model, (X, Y), CROSS_ENTROPY, "adam")
     with pytest.raises(ValueError, match="loss must be one of cross_entropy"):
         curvature.hessian(model, (X, Y), "no such loss")

@@ -490,7 +490,7 @@ def test_step_sharpness_of_a_rate_a_schedule_and_hooks():
         with pytest.raises(ValueError, match="step_sharpness: optimizer_or_lr must be a positive, finite"):
             curvature.step_sharpness(model, case.batch, case.loss, wrong)
     for wrong in ("sgd", True, None):
-        with pytest.raises(TypeError, match="step_sharpness: optimizer_or_lr must be a learning rate or a torch"):
+        with pytest.raises(TypeError, match="step_sharpness: optimizer must be a learning rate or a torch"):
             curvature.step_sharpness(model, case.batch, case.loss, wrong)
 
 

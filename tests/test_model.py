@@ -161,7 +161,7 @@ def test_without_inputs_the_default_nonlinearity_is_assumed_and_said():
 def test_known_inputs_are_brought_to_the_stated_variance(scale):
     torch.manual_seed(0)
     x = scale * torch.randn(500, 100)
-    net = hessinit.init_(mlp(nn.Tanh, (100, 400, 400, 5)), (x, torch.zeros(500)), seed=0)
+    net = hessinit.init_(mlp(nn.Tanh, (100, 400, 400, 5)), x, seed=0)
     assert net[0](x).var().item() == pytest.approx(rules.INPUT_VARIANCE, rel=0.05)
     assert net[2].weight.std().item() == pytest.approx(
         rules.curvature_neutral_std(400, 400, rules.gain("tanh", depth=3)), rel=1e-2

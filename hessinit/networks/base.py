@@ -89,6 +89,9 @@ class Arrays(Protocol):
         """``x`` in the dtype and on the device of ``like``."""
 
     def numpy(self, x: Array) -> npt.NDArray[Any]: ...
+    def take(self, x: Array, rows: npt.NDArray[np.intp]) -> Array:
+        """Some rows of the first axis."""
+
     def reshape(self, x: Array, shape: Sequence[int], /) -> Array: ...
     def concatenate(self, arrays: Sequence[Array], axis: int = 0) -> Array: ...
     def sum(self, x: Array, axis: int | None = None) -> Array: ...
@@ -195,8 +198,20 @@ class Network(Protocol):
     def loss(self, loss: Any) -> Loss:
         """A loss in any of the framework's forms, by name, or any callable."""
 
-    def first_update(self, optimizer: Any, gradient: Named) -> dict[str, Array]:
-        """What an optimizer's next step would add to the parameters, from a private copy of it."""
+    def updates(
+        self, optimizer: Any, gradients: Sequence[Named], values: Named | None = None, fresh: bool = False
+    ) -> list[dict[str, Array]]:
+        """What an optimizer's next steps would add to the parameters, given these gradients, by a private copy of it.
+
+        Args:
+            optimizer: of the framework. Parameters that it does not hold stay.
+            gradients: by name, a step each.
+            values: where the parameters stand; default: where they are.
+            fresh: as if it had made no step yet, and at the largest learning rate of its schedule.
+        """
+
+    def compiled(self) -> tuple[Any, Any]:
+        """The loss and the optimizer that the model itself carries; None where it has none."""
 
     def where(self, error: BaseException) -> str:
         """The name of the innermost module that an error was raised in, or ""."""

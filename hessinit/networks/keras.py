@@ -196,25 +196,40 @@ class KerasNetwork:
     def loss(self, loss: Any) -> Loss:
         return keras_loss.translate(loss, self.model, self.arrays, self.derivatives)
 
-    def first_update(self, optimizer: Any, gradient: Named) -> dict[str, Any]:
+    def updates(
+        self, optimizer: Any, gradients: Sequence[Named], values: Named | None = None, fresh: bool = False
+    ) -> list[dict[str, Any]]:
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # the scale of a loss is not that of a step
         if not isinstance(optimizer, keras.Optimizer):
-            raise TypeError(f"optimizer_or_lr must be a learning rate or a keras.Optimizer; got {optimizer!r}")
-        held = {id(self._variables[name]): g for name, g in gradient.items()}
-        variables = optimizer._trainable_variables if optimizer.built else [self._variables[n] for n in gradient]
+            raise TypeError(f"optimizer must be a learning rate or a keras.Optimizer; got {optimizer!r}")
+        own = {name: self._variables[name] for name in gradients[0]}
+        placed = {id(own[name]): value for name, value in (values or {}).items() if name in own}
+        variables = optimizer._trainable_variables if optimizer.built else list(own.values())
         # Copies, and in float64 where the backend has it, so that nothing is rounded off.
-        values = [np.array(keras.ops.convert_to_numpy(v.value), np.float64) for v in variables]
-        copies = [keras.Variable(x, dtype="float64", name=v.name) for x, v in zip(values, variables, strict=True)]
-        private = type(optimizer).from_config(optimizer.get_config())
+        starts = [np.array(keras.ops.convert_to_numpy(placed.get(id(v), v.value)), np.float64) for v in variables]
+        copies = [keras.Variable(x, dtype="float64", name=v.name) for x, v in zip(starts, variables, strict=True)]
+        config = optimizer.get_config()
+        if fresh:
+            config["learning_rate"] = _peak(optimizer)
+        private = type(optimizer).from_config(config)
         private.build(copies)
-        for new, old in zip(private.variables, optimizer.variables, strict=True) if optimizer.built else []:
+        for new, old in (
+            zip(private.variables, optimizer.variables, strict=True) if optimizer.built and not fresh else []
+        ):
             new.assign(old.value)
-        zero = keras.ops.zeros_like
-        private.apply([keras.ops.cast(held.get(id(v), zero(v.value)), "float64") for v in variables], copies)
-        moved = {
-            id(v): new.value - keras.ops.cast(v.value, new.dtype) for v, new in zip(variables, copies, strict=True)
-        }
-        own = {name: self._variables[name] for name in gradient}
-        return {n: keras.ops.cast(moved[id(v)], v.dtype) if id(v) in moved else zero(v.value) for n, v in own.items()}
+        zero, steps = keras.ops.zeros_like, []
+        for gradient in gradients:
+            held = {id(own[name]): g for name, g in gradient.items()}
+            before = [keras.ops.copy(new.value) for new in copies]
+            private.apply([keras.ops.cast(held.get(id(v), zero(v.value)), "float64") for v in variables], copies)
+            moved = {id(v): new.value - old for v, new, old in zip(variables, copies, before, strict=True)}
+            steps.append(
+                {n: keras.ops.cast(moved[id(v)], v.dtype) if id(v) in moved else zero(v.value) for n, v in own.items()}
+            )
+        return steps
+
+    def compiled(self) -> tuple[Any, Any]:
+        return getattr(self.model, "loss", None), getattr(self.model, "optimizer", None)
 
     def where(self, error: BaseException) -> str:
         layers = self.model._flatten_layers()
@@ -231,6 +246,15 @@ def _torch_seeded(seed: int | None) -> Iterator[None]:
 
     with seeded(seed, cuda=()):
         yield
+
+
+def _peak(optimizer: Any) -> float:
+    """The learning rate, or the largest one of its schedule's first million steps."""
+    rate = optimizer._learning_rate
+    if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return float(optimizer.learning_rate)
+    steps = np.unique(np.geomspace(1, 1e6, 200).astype(int)) - 1
+    return max(float(rate(int(step))) for step in steps)
 
 
 def _kernels() -> contextlib.AbstractContextManager[Any]:

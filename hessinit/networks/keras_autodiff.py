@@ -30,6 +30,9 @@ class KerasArrays:
         array = np.asarray(ops.convert_to_numpy(x))
         return array if array.dtype.kind in "iub" or array.dtype.itemsize > 2 else array.astype(np.float32)
 
+    def take(self, x: Any, rows: npt.NDArray[np.intp]) -> Any:
+        return ops.take(x, ops.convert_to_tensor(rows), axis=0)
+
     def concatenate(self, arrays: Sequence[Any], axis: int = 0) -> Any:
         return ops.concatenate(list(arrays), axis=axis)
 

@@ -166,19 +166,28 @@ class TorchNetwork:
     def loss(self, loss: Any) -> losses.Loss:
         return losses.named(loss, self.arrays) if isinstance(loss, str) else torch_loss.translate(loss)
 
-    def first_update(self, optimizer: Any, gradient: Named) -> dict[str, torch.Tensor]:
+    def updates(
+        self, optimizer: Any, gradients: Sequence[Named], values: Named | None = None, fresh: bool = False
+    ) -> list[dict[str, torch.Tensor]]:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer_or_lr must be a learning rate or a torch.optim.Optimizer; got {optimizer!r}")
-        return _first_update(optimizer, {name: self._tensors[name] for name in gradient}, gradient)
+            raise TypeError(f"optimizer must be a learning rate or a torch.optim.Optimizer; got {optimizer!r}")
+        tensors = {name: self._tensors[name] for name in gradients[0]}
+        return _updates(optimizer, tensors, gradients, values or {}, fresh)
+
+    def compiled(self) -> tuple[Any, Any]:
+        return None, None
 
     def where(self, error: BaseException) -> str:
         modules = self.model.named_modules()
         return base.innermost(error, {id(m): f"{n or 'the model'} ({type(m).__name__})" for n, m in modules})
 
 
-def _first_update(optimizer: torch.optim.Optimizer, tensors: Named, gradient: Named) -> dict[str, torch.Tensor]:
-    """The next step of a copy of the optimizer on float64 copies of the parameters, so that nothing is rounded off."""
+def _updates(
+    optimizer: torch.optim.Optimizer, tensors: Named, gradients: Sequence[Named], values: Named, fresh: bool
+) -> list[dict[str, torch.Tensor]]:
+    """Steps of a copy of the optimizer on float64 copies of the parameters, so that nothing is rounded off."""
     copies: dict[int, torch.Tensor] = {}
+    placed = {id(tensors[name]): value for name, value in values.items() if name in tensors}
     private = copy.copy(optimizer)
     private.__dict__ = dict(optimizer.__dict__)
     private.__dict__.pop("step", None)  # a scheduler's wrapper steps the original
@@ -193,25 +202,38 @@ def _first_update(optimizer: torch.optim.Optimizer, tensors: Named, gradient: Na
     private.param_groups = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            copies[id(p)] = doubled(p).requires_grad_(p.requires_grad)
+            copies[id(p)] = doubled(placed.get(id(p), p)).requires_grad_(p.requires_grad)
         rest = {key: doubled(value) for key, value in group.items() if key != "params"}
+        if fresh:
+            rest["lr"] = _peak(rest)
         private.param_groups.append({**rest, "params": [copies[id(p)] for p in group["params"]]})
     private.state = type(optimizer.state)(dict)
-    for p, state in optimizer.state.items():
+    for p, state in {} if fresh else optimizer.state.items():
         private.state[copies[id(p)]] = {key: doubled(value) for key, value in state.items()}
-    for name, p in tensors.items():
-        if id(p) in copies:
-            copies[id(p)].grad = gradient[name].detach().to(torch.float64, copy=True)
-    try:
-        private.step()
-    except TypeError as error:
-        raise TypeError(
-            f"optimizer_or_lr must take a step without a closure; {type(optimizer).__name__} does not ({error})"
-        ) from error
-    return {
-        name: (copies[id(p)].detach() - p.detach().double()).to(p.dtype) if id(p) in copies else torch.zeros_like(p)
-        for name, p in tensors.items()
-    }
+    steps = []
+    for gradient in gradients:
+        before = {name: copies[id(p)].detach().clone() for name, p in tensors.items() if id(p) in copies}
+        for name, p in tensors.items():
+            if id(p) in copies:
+                copies[id(p)].grad = gradient[name].detach().to(torch.float64, copy=True)
+        try:
+            private.step()
+        except TypeError as error:
+            raise TypeError(
+                f"optimizer must take a step without a closure; {type(optimizer).__name__} does not ({error})"
+            ) from error
+        steps.append(
+            {
+                name: (copies[id(p)].detach() - before[name]).to(p.dtype) if name in before else torch.zeros_like(p)
+                for name, p in tensors.items()
+            }
+        )
+    return steps
+
+
+def _peak(group: Mapping[str, Any]) -> Any:
+    """The learning rate that a scheduler will reach: it has written its first or largest one into the group."""
+    return max((group[key] for key in ("lr", "initial_lr", "max_lr") if key in group), key=float)
 
 
 def draw_seed(generator: torch.Generator | None) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,9 @@ class TorchArrays:
         x = x.detach().cpu()
         array: npt.NDArray[Any] = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
         return array
+
+    def take(self, x: Tensor, rows: npt.NDArray[np.intp]) -> Tensor:
+        return x[torch.from_numpy(rows).to(x.device)]
 
     def concatenate(self, arrays: Sequence[Tensor], axis: int = 0) -> Tensor:
         return torch.cat(list(arrays), dim=axis)

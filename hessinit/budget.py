@@ -1,0 +1,234 @@
+"""The budget: log scales at which the optimizer's first step is as sharp as it can afford.
+
+Let ``θ`` be the log scales of a net's weights, ``ρ(θ)`` the step sharpness, ``r(θ)`` the level of the outputs and
+``T(θ)`` the trace of the approximate Hessian. Among all ways to change ``ρ`` the solver takes the one that changes the
+trace most, at constant level:
+
+    d = ∇ log T  made orthogonal to  ∇ log r,
+
+up if ``ρ`` is below its range, down if it is above, until it is inside; and back along ``∇ log r`` where the level is
+outside its band. The trace counts every direction in which the net can learn, the sharpness only the steepest.
+
+Along ``d``, ``log ρ`` is taken to follow ``log T`` with a ratio that starts at one and is then read from the last two
+probes (a secant). Scales stay in a box; one that meets its bound is held there and the rest go on.
+
+Nothing here knows of networks: a probe is anything with these three numbers and two gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float64]
+
+TOLERANCE = 0.1  # of log ρ: less than a batch of 256 says about the next
+MAX_PROBES = 8
+TRUST = 1.5  # largest change of a log scale between two probes
+SLACK = 0.02  # of log r: the first order does not stop at an edge exactly
+STILL = 0.02  # of every log scale: a step that changes nothing
+RATIO = 0.2, 3.0  # what a secant may say of d log ρ / d log T
+
+
+class Probe(Protocol):
+    """What the solver measures."""
+
+    def measure(self, theta: Vector) -> tuple[float, float]:
+        """Step sharpness and level at these log scales."""
+
+    def slopes(self) -> tuple[Vector, Vector]:
+        """``∇ log T`` and ``∇ log r`` at the log scales measured last."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One probe: log scales, step sharpness, level."""
+
+    theta: Vector
+    sharpness: float
+    level: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether ρ and r are positive numbers."""
+        return all(math.isfinite(x) and x > 0 for x in (self.sharpness, self.level))
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where the solver stopped.
+
+    Args:
+        best: the probe that comes nearest to what was asked for.
+        reason: ``"met"``, or what stood in the way.
+        points: all probes in order.
+    """
+
+    best: Point
+    reason: str
+    points: tuple[Point, ...]
+
+    @property
+    def met(self) -> bool:
+        """Whether the target was."""
+        return self.reason == "met"
+
+
+def solve(
+    probe: Probe,
+    size: int,
+    target: tuple[float, float],
+    level: tuple[float, float] = (0.3, 1.0),
+    scales: tuple[float, float] = (1 / 20, 3.0),
+    max_probes: int = MAX_PROBES,
+) -> Solution:
+    """Log scales with step sharpness ``target`` and a level inside its band, from ``θ = 0``.
+
+    Args:
+        probe: measures a net at given log scales.
+        size: number of scales.
+        target: lowest and highest step sharpness; equal for one number.
+        level: lowest and highest level.
+        scales: smallest and largest scale, around 1.
+        max_probes: at most this many are made.
+
+    Returns:
+        The best point met, with the reason for stopping; ``θ = 0`` is always among those tried.
+
+    Example:
+        A net of two linear layers, the second of ten times the trace: ``T = 10 s_1² + s_2²``, outputs ∝ ``s_1 s_2``.
+        With ``ρ = T``, twice the first ρ at the same level asks for ``10 s² + 1/s² = 22``, ``s = 1.475``:
+
+        >>> class TwoLayers:
+        ...     def measure(self, theta):
+        ...         self.squares = np.array([10, 1]) * np.exp(2 * theta)
+        ...         return self.squares.sum(), 0.5 * np.exp(theta.sum())
+        ...     def slopes(self):
+        ...         return 2 * self.squares / self.squares.sum(), np.ones(2)
+        >>> solution = solve(TwoLayers(), 2, target=(22, 22))
+        >>> solution.reason, len(solution.points), np.exp(solution.best.theta).round(1)
+        ('met', 2, array([1.5, 0.7]))
+    """
+    box = math.log(scales[0]), math.log(scales[1])
+    band = math.log(level[0]), math.log(level[1])
+    goals, ratio, trust = (math.log(target[0]), math.log(target[1])), 1.0, TRUST
+
+    def distance(point: Point) -> float:
+        return abs(_off(point, goals)) + 3 * abs(_outside(point, band)) if point.finite else math.inf
+
+    points = [Point(np.zeros(size), *probe.measure(np.zeros(size)))]
+    best, reason = points[0], "" if points[0].finite else _not_finite(points[0])
+    slopes: tuple[Vector, Vector] | None = None
+    while not reason:
+        off, outside = _off(best, goals), _outside(best, band)
+        if abs(off) <= TOLERANCE and outside == 0:
+            reason = "met"
+            break
+        if len(points) >= max_probes:
+            reason = f"stopped after {max_probes} probes at ρ = {best.sharpness:.3g}"
+            break
+        slopes = slopes or probe.slopes()
+        room = band[0] - math.log(best.level), band[1] - math.log(best.level)
+        step = _step(best.theta, slopes, (off / ratio, outside), room, box, trust)
+        if np.abs(step).max(initial=0.0) < STILL:
+            reason = _bounded(best, off, box)
+            break
+        point = Point(best.theta + step, *probe.measure(best.theta + step))
+        points.append(point)
+        if distance(point) > distance(best) + TOLERANCE / 2:  # too far, by nonlinearity or into what is not finite
+            trust = float(np.abs(step).max()) / 4
+            continue
+        ratio = _secant(best, point, float(slopes[0] @ step), ratio)
+        best, slopes = point, None
+    return Solution(min(points, key=distance), reason, tuple(points))
+
+
+def _off(point: Point, goals: tuple[float, float]) -> float:
+    """What log ρ lacks to be in its range: 0 inside, else the way to the nearer end."""
+    rho = math.log(point.sharpness)
+    return max(goals[0] - rho, 0.0) + min(goals[1] - rho, 0.0)
+
+
+def _outside(point: Point, band: tuple[float, float]) -> float:
+    """What log r lacks to be in its band: 0 inside, else the way to the middle, as the way is of first order only."""
+    r = math.log(point.level)
+    return 0.0 if band[0] - SLACK <= r <= band[1] + SLACK else sum(band) / 2 - r
+
+
+def _secant(before: Point, now: Point, predicted: float, ratio: float) -> float:
+    """``d log ρ / d log T`` between two probes; the old one where the step says nothing of it."""
+    if abs(predicted) < TOLERANCE / 2:
+        return ratio
+    return float(np.clip(math.log(now.sharpness / before.sharpness) / predicted, *RATIO))
+
+
+def _step(
+    theta: Vector,
+    slopes: tuple[Vector, Vector],
+    changes: tuple[float, float],
+    room: tuple[float, float],
+    box: tuple[float, float],
+    trust: float,
+) -> Vector:
+    """The change of θ that gives these changes of log T and log r, to first order, inside the box and the trust region.
+
+    The level goes its steepest way, the trace the steepest on which the level stays. Where bounds leave it none, the
+    level gives way, as far as it has room in its band.
+    """
+    trace, level = slopes
+    low, high = np.maximum(box[0] - theta, -trust), np.minimum(box[1] - theta, trust)
+    step = _walk(np.zeros_like(theta), level, np.zeros_like(theta), changes[1], low, high)
+    change = changes[0] - float(trace @ step)
+    if change < 0:
+        high = np.where(trace < 0, np.minimum(high, step), high)  # to grow what a norm follows would only freeze it
+    there = _walk(step, trace, level, change, low, high)
+    change -= float(trace @ (there - step))
+    if changes[1] == 0 and abs(change) > TOLERANCE / 2:
+        on = _walk(there, trace, np.zeros_like(theta), change, low, high) - there
+        moved = float(level @ on)
+        if abs(float(trace @ on)) > abs(moved) / 2:  # else it would be the level that changes
+            allowed = room[1] if moved > 0 else room[0]
+            there = there + on * min(1.0, allowed / moved if abs(moved) > 1e-9 else 1.0)
+    return there
+
+
+def _walk(step: Vector, slope: Vector, level: Vector, change: float, low: Vector, high: Vector) -> Vector:
+    """``step`` and from there the steepest way, orthogonal to ``level``, until ``slope`` has gained ``change``.
+
+    A coordinate that meets its bound is held, and the rest of the way is the steepest in those still free.
+    """
+    free = np.ones(len(step), bool)
+    while free.any() and abs(change) > 1e-9:
+        n = np.where(free, level, 0.0)
+        d = np.where(free, slope, 0.0)
+        d = d - n * (d @ n / (n @ n)) if n @ n > 1e-12 else d
+        speed = float(d @ d)
+        if speed < 1e-6:
+            break
+        direction = math.copysign(1.0, change) * d
+        moving = free & (np.abs(direction) > 1e-9)
+        room = np.where(direction > 0, high - step, low - step)
+        reach = np.where(moving, np.abs(room / np.where(moving, direction, 1.0)), np.inf)
+        length = min(abs(change) / speed, float(reach.min()))
+        step = step + length * direction
+        change -= math.copysign(length * speed, change)
+        free &= reach > length * (1 + 1e-9)
+    return step
+
+
+def _not_finite(point: Point) -> str:
+    if point.level == 0:
+        return "the outputs do not depend on the inputs: level 0"
+    return f"not finite at ρ = {point.sharpness:.3g}, level {point.level:.3g}"
+
+
+def _bounded(point: Point, off: float, box: tuple[float, float]) -> str:
+    if off < 0:
+        return f"cannot be met: lowest reachable ρ is {point.sharpness:.3g}"
+    if np.isclose(point.theta, box[1], atol=1e-3).any():
+        return f"bounded by max_scale: ρ = {point.sharpness:.3g}"
+    return f"cannot be met: highest reachable ρ is {point.sharpness:.3g}"

@@ -1,0 +1,184 @@
+"""From a model, a batch and an optimizer to the scales of its weights: sets the budget's solver to work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from hessinit.batches import Batches, inputs_and_targets
+from hessinit.budget import Solution, solve
+from hessinit.draw import stream
+from hessinit.networks.base import Array, Arrays, Named
+from hessinit.objective import Objective
+from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
+
+PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
+"""c for steps proportional to the gradient, and for those that do not shrink with it."""
+NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
+LEVEL = 0.3, 1.0
+MIN_SCALE, MAX_SCALE = 1 / 20, 4.0
+SAMPLES = 256
+FEWEST, TERMS = 32, 4096  # samples of many loss terms each (texts, images of labels) go by their terms
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of a calibration.
+
+    Args:
+        loss: name, framework loss or callable.
+        lr: of plain SGD; None where an optimizer is given.
+        optimizer: of the framework; None where a learning rate is given.
+        budget: c; None for the default of the optimizer's kind.
+        level: lowest and highest level.
+        max_scale: largest scale.
+        num_samples: of the batch; None for the default.
+        forward: of (model, batch), returns outputs and targets; None for the framework's way.
+        progress: whether to show a bar.
+    """
+
+    loss: Any
+    lr: float | None = None
+    optimizer: Any = None
+    budget: float | None = None
+    level: tuple[float, float] = LEVEL
+    max_scale: float = MAX_SCALE
+    num_samples: int | None = None
+    forward: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    progress: bool | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration did.
+
+    Args:
+        scales: by name of the weight.
+        budget: lowest and highest step sharpness asked for.
+        solution: of the solver, with every probe.
+        before: the net at scale one.
+        after: the net at these scales.
+        passes: gradient passes over the batch that it took, in their cost.
+        samples: in the batch.
+    """
+
+    scales: Mapping[str, float]
+    budget: tuple[float, float]
+    solution: Solution
+    before: State
+    after: State
+    passes: float
+    samples: int
+
+
+def check(function: str, target: Target) -> None:
+    """Raises for numbers that cannot be."""
+
+    def positive(name: str, value: Any) -> None:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value > 0):
+            kind = ValueError if number else TypeError
+            raise kind(f"{function}: {name} must be a positive, finite number; got {value!r}.")
+
+    if target.lr is not None and target.optimizer is not None:
+        raise ValueError(f"{function}: lr and optimizer must not both be given; got {target.lr!r} and an optimizer.")
+    for name, value in (("lr", target.lr), ("budget", target.budget), ("max_scale", target.max_scale)):
+        if value is not None:
+            positive(name, value)
+    if target.max_scale < 1:
+        raise ValueError(f"{function}: max_scale must be at least 1; got {target.max_scale!r}.")
+    if not (isinstance(target.level, Sequence) and len(target.level) == 2):
+        raise TypeError(f"{function}: level must be a pair (lowest, highest); got {target.level!r}.")
+    for value in target.level:
+        positive("level", value)
+    if not target.level[0] < target.level[1]:
+        raise ValueError(f"{function}: level must be a pair (lowest, highest); got {target.level!r}.")
+    n = target.num_samples
+    if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
+        raise ValueError(f"{function}: num_samples must be a positive integer or None; got {n!r}.")
+
+
+def calibrate(
+    function: str,
+    model: Any,
+    batch: Any,
+    samples: int,
+    target: Target,
+    weights: Mapping[str, Any],
+    others: Mapping[str, Any],
+    seed: int,
+) -> Calibration:
+    """The scales of some weights for a model's optimizer; nothing is written.
+
+    Args:
+        function: public function that was called, for errors.
+        model: ``torch.nn.Module`` or ``keras.Model``.
+        batch: a pair, a dict, or a list of either, whole.
+        samples: in it.
+        target: what is asked.
+        weights: by name, at scale one: arrays of NumPy or the framework.
+        others: values of other parameters that stand for the model's own.
+        seed: of the samples taken and of random signs.
+    """
+    training = None if getattr(model, "training", True) else True
+    objective = Objective(function, model, batch, target.loss, target.forward, None, training, False, seed, False)
+    arrays, network = objective.network.arrays, objective.network
+
+    def placed(values: Mapping[str, Any]) -> dict[str, Array]:
+        like = network.values(list(values))
+        return {name: arrays.asarray(value, like[name]) for name, value in values.items()}
+
+    def step(gradient: Named, values: Named) -> Step:
+        if target.optimizer is None:
+            assert target.lr is not None  # checked by the caller
+            return sgd_step(target.lr)
+        with objective.named_errors():
+            return optimizer_step(network, target.optimizer, gradient, values)
+
+    probe = NetworkProbe(objective, placed(weights), placed(others), step)
+    degree = probe.step.degree
+    least = SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree
+    budget = (least, NO_GAIN) if target.budget is None else (target.budget, target.budget)
+    solution = solve(probe, len(weights), budget, target.level, (MIN_SCALE, target.max_scale))
+    before = probe.describe(solution.points[0].theta)
+    after = probe.describe(solution.best.theta)
+    scales = {name: float(np.exp(t)) for name, t in zip(weights, solution.best.theta, strict=True)}
+    return Calibration(scales, budget, solution, before, after, probe.passes, samples)
+
+
+def take(batches: Batches, num_samples: int | None, arrays: Arrays, seed: int) -> tuple[Any, int]:
+    """At most so many samples: of data in memory a random choice, of a loader the first ones; and their number."""
+    got: list[Any] = []
+    count = 0
+    for batch in batches:
+        wanted = num_samples or _default_samples(batch, batches)
+        samples = batches.samples(batch) or 1
+        if batches.in_memory and samples > wanted:
+            rows = np.sort(stream(seed, "samples").choice(samples, wanted, replace=False))
+            return batches.choose(batch, partial(_rows, arrays, rows)), wanted
+        got.append(batches.part(batch, 0, wanted - count))
+        count += min(samples, wanted - count)
+        if count >= wanted:
+            break
+    return (got[0] if len(got) == 1 else got), count
+
+
+def _rows(arrays: Arrays, rows: Any, x: Array) -> Array:
+    return x[rows] if isinstance(x, np.ndarray) else arrays.take(x, rows)
+
+
+def _default_samples(batch: Any, batches: Batches) -> int:
+    try:
+        _, targets = inputs_and_targets(batch)
+        labels = next(batches.arrays(targets))
+    except (ValueError, TypeError, StopIteration):
+        return SAMPLES
+    integers = "int" in str(labels.dtype)
+    per_sample = int(np.prod(labels.shape[1:])) if integers else 1
+    return int(np.clip(TERMS // max(per_sample, 1), FEWEST, SAMPLES))

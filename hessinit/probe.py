@@ -1,0 +1,282 @@
+"""What the budget measures of a network: step sharpness, level and trace, and their slopes in the log scales.
+
+With weights ``w_k = e^{θ_k} w_k⁰``, z the outputs on a batch and ``c = R ε`` for fixed random signs ε and
+``D²_z ℓ = R Rᵀ``,
+
+    T = |u|²,  u = Jᵀ c                      the trace of the approximate Hessian, in expectation over ε
+    ∂ log T / ∂θ_k = 2 w_k · (D²(cᵀz) u)_k / T       one Hessian-vector product of a scalar, c held
+    ∂ log r / ∂θ_k = w_k · (∇r)_k / r                one more backward pass
+
+c is held because its own change with the outputs is a matter of their level, which the budget keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hessinit.budget import Vector
+from hessinit.draw import stream
+from hessinit.networks.base import Array, Arrays, Derivatives, Function, Named, Network
+from hessinit.objective import Chunk, Objective
+
+GRADIENT, FORWARD, BACKWARD, PRODUCT = 1.0, 1 / 3, 2 / 3, 3.0  # in gradient passes; a JVP counts as a gradient
+
+Update = Callable[[Named, Named], dict[str, Array]]  # of (gradient, values)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The first step of an optimizer, and what it becomes.
+
+    Args:
+        update: of (gradient, values), the first step.
+        growth: by parameter, the step of the long run over the first one if the gradient stayed the same: 1/(1 − μ) for
+            SGD with momentum μ, 1 for Adam.
+        degree: how the step scales with the gradient: 1 if proportional, 0 if by its sign alone.
+    """
+
+    update: Update
+    growth: Mapping[str, float]
+    degree: float
+
+
+def sgd_step(lr: float) -> Step:
+    """Of plain gradient descent."""
+    return Step(lambda gradient, values: {name: -lr * g for name, g in gradient.items()}, {}, 1.0)
+
+
+def optimizer_step(network: Network, optimizer: Any, gradient: Named, values: Named) -> Step:
+    """Of any optimizer, found out by trying it: three steps on one gradient, one on its double.
+
+    The long run is the limit of a geometric series through the three steps (Aitken's extrapolation), which is exact for
+    heavy-ball and Nesterov momentum.
+    """
+    dot = network.arrays.dot
+    steps = network.updates(optimizer, [gradient] * 3, values, fresh=True)
+    (twice,) = network.updates(optimizer, [{name: 2 * g for name, g in gradient.items()}], values, fresh=True)
+    growth = {}
+    for name, g in gradient.items():
+        one, two, three = (dot(step[name], g) for step in steps)
+        growth[name] = _limit(one, two, three) / one if one else 1.0
+    first, doubled = (sum(dot(step[name], g) for name, g in gradient.items()) for step in (steps[0], twice))
+    degree = float(np.clip(np.log2(doubled / first), 0, 1)) if first and doubled / first > 0 else 1.0
+
+    def update(gradient: Named, values: Named) -> dict[str, Array]:
+        return network.updates(optimizer, [gradient], values, fresh=True)[0]
+
+    return Step(update, growth, degree)
+
+
+def _limit(one: float, two: float, three: float) -> float:
+    first, second = two - one, three - two
+    ratio = second / first if abs(first) > 1e-4 * abs(one) else 0.0
+    return three + second * ratio / (1 - ratio) if 0 <= ratio < 0.9999 else three
+
+
+@dataclass(frozen=True)
+class State:
+    """A network at some scales.
+
+    Args:
+        loss: mean over the batch.
+        sharpness: ρ of the step of the long run.
+        level: r.
+        predicted: change of the loss by the first step, by the quadratic model ``gᵀΔ + ΔᵀGΔ/2``.
+        actual: change of the loss by the first step.
+        curvature: by parameter, the trace of its block of the approximate Hessian (one random probe).
+        units: by weight, the share of output units that no sample moves, and of those that move less than a thousandth
+            of the layer's median: dead and saturated ones.
+    """
+
+    loss: float
+    sharpness: float
+    level: float
+    predicted: float
+    actual: float
+    curvature: Mapping[str, float]
+    units: Mapping[str, tuple[float, float]]
+
+
+class NetworkProbe:
+    """A :class:`hessinit.budget.Probe` of a model on a batch; the model itself is not written to.
+
+    Args:
+        objective: the loss on the batch.
+        base: the weights to be scaled, at scale one.
+        placed: other values that stand for the model's own.
+        step: of the optimizer, from the objective's gradient.
+    """
+
+    def __init__(self, objective: Objective, base: Named, placed: Named, step: Callable[[Named, Named], Step]) -> None:
+        self.objective, self.base, self.others = objective, dict(base), dict(placed)
+        self.trained = list(dict.fromkeys([*objective.select(None), *base]))
+        self.arrays = objective.network.arrays
+        self.derivatives = OrDifferences(objective.network.derivatives, self.arrays)
+        self.passes = 0.0
+        self._place(np.zeros(len(base)))
+        self.step = step(self._gradient(), self._values())
+
+    def measure(self, theta: Vector) -> tuple[float, float]:
+        """Step sharpness and level at these log scales: two passes."""
+        self._place(theta)
+        gradient = self._gradient()
+        self._last = gradient, self.step.update(gradient, self._values())
+        grown = {name: self.step.growth.get(name, 1.0) * d for name, d in self._last[1].items()}
+        gain, form, level = self._along(grown, gradient)
+        return (form / abs(gain) if gain else float("nan")), level
+
+    def slopes(self) -> tuple[Vector, Vector]:
+        """``∇ log T`` and ``∇ log r``: about five passes."""
+        self.passes += GRADIENT + BACKWARD + PRODUCT
+        loss, names = self.objective.loss, list(self.base)
+        signs = self._signs()
+
+        def work(chunk: Chunk) -> tuple[Array, Any]:
+            values = self.objective.values(self.trained)
+            z, pull = self.derivatives.vjp(chunk.outputs, values)
+            c = self._rooted(chunk, z, signs)
+            u = {name: pulled for name, pulled in pull(c).items() if name in self.trained}
+            _, bent = self.derivatives.hvp(lambda v: self.arrays.sum(chunk.outputs(v) * c), values, u, names)
+            square, slope = self.derivatives.gradient(
+                lambda v: loss.level(v["z"], chunk.targets)[0], {"z": z}
+            )  # in z alone
+            risen = pull(slope["z"])
+            return z, {
+                "trace": sum(self.arrays.dot(x, x) for x in u.values()),
+                "trace slope": np.array([2 * self.arrays.dot(values[n], bent[n]) for n in names]),
+                "level": float(self.arrays.numpy(square)),
+                "level slope": np.array([self.arrays.dot(values[n], risen[n]) / 2 for n in names]),
+            }
+
+        found = self.objective.over_data(work)
+        return _ratio(found["trace slope"], found["trace"]), _ratio(found["level slope"], found["level"])
+
+    def describe(self, theta: Vector) -> State:
+        """Everything the report says of these log scales: about four passes."""
+        self.passes += GRADIENT + 2 * FORWARD
+        sharpness, level = self.measure(theta)
+        gradient, step = self._last
+        gain, form, _ = self._along(step, gradient)
+        signs = self._signs()
+
+        def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
+            z, pull = self.derivatives.vjp(chunk.outputs, self.objective.values(self.trained))
+            pulled = pull(self._rooted(chunk, z, signs))
+            return z, {
+                "curvature": {name: self.arrays.dot(pulled[name], pulled[name]) for name in self.trained},
+                "units": {name: self._units(name, pulled[name]) for name in self.base},
+            }
+
+        found = self.objective.over_data(work)
+        loss = self.objective.value()
+        placed = dict(self.objective.placed)
+        self.objective.placed = {**placed, **{name: self._values()[name] + d for name, d in step.items()}}
+        actual = self.objective.value() - loss
+        self.objective.placed = placed
+        units = {name: _silent(squares) for name, squares in found["units"].items()}
+        return State(loss, sharpness, level, gain + form / 2, actual, found["curvature"], units)
+
+    # ---- parts ---------------------------------------------------------------------------------------------------
+
+    def _place(self, theta: Vector) -> None:
+        scaled = {name: w * float(np.exp(t)) for (name, w), t in zip(self.base.items(), theta, strict=True)}
+        self.objective.placed = {**self.others, **scaled}
+
+    def _values(self) -> dict[str, Array]:
+        return self.objective.values(self.trained)
+
+    def _gradient(self) -> dict[str, Array]:
+        self.passes += GRADIENT
+        return self.objective.gradient(self.trained)
+
+    def _along(self, step: Named, gradient: Named) -> tuple[float, float, float]:
+        """``gᵀΔ``, ``ΔᵀGΔ`` and the level: one forward-mode pass."""
+        self.passes += GRADIENT
+        loss = self.objective.loss
+
+        def work(chunk: Chunk) -> tuple[Array, Any]:
+            z, dz = self.derivatives.jvp(chunk.outputs, self._values(), step)
+            form = self.arrays.dot(dz, loss.product(z, chunk.targets, dz))
+            square, number = loss.level(z, chunk.targets)
+            return z, np.array([form, float(self.arrays.numpy(square)), number])
+
+        form, square, number = self.objective.over_data(work)
+        gain = sum(self.arrays.dot(gradient[name], step[name]) for name in self.trained)
+        return float(gain), float(form), float(np.sqrt(square / number))
+
+    def _signs(self) -> np.random.Generator:
+        return stream(self.objective.seed, "signs", "0")
+
+    def _rooted(self, chunk: Chunk, z: Array, signs: np.random.Generator) -> Array:
+        """``R ε``. Where a loss has no root, ``D²_z ℓ ε`` of the length that its root would give on the whole."""
+        loss, y = self.objective.loss, chunk.targets
+        epsilon = self.arrays.asarray(signs.integers(0, 2, tuple(z.shape)) * 2.0 - 1.0, z)
+        if loss.analytic_root:
+            return loss.root(z, y, epsilon)
+        product = loss.product(z, y, epsilon)
+        return product * (abs(self.arrays.dot(epsilon, product)) / (self.arrays.dot(product, product) or 1.0)) ** 0.5
+
+    def _units(self, name: str, pulled: Array) -> Any:
+        """Squares of what moves each output unit of a weight."""
+        parameter = self.objective.parameters[name]
+        assert parameter.layout is not None  # of every weight with a scale
+        stack, sorted_shape, back = parameter.layout.blocks(parameter.shape)
+        split = self.arrays.numpy(pulled).reshape([sorted_shape[axis] for axis in back])
+        arranged = split.transpose(np.argsort(back)).reshape(stack)
+        return np.square(arranged, dtype=np.float64).sum(axis=2).ravel()
+
+
+def _ratio(x: Vector, y: float) -> Vector:
+    return x / y if y > 0 else np.zeros_like(x)
+
+
+def _silent(squares: Vector) -> tuple[float, float]:
+    """Shares of units that are dead (nothing at all) and saturated (less than a thousandth of the median)."""
+    dead = squares == 0
+    living = squares[~dead]
+    saturated = living < 1e-6 * np.median(living) if living.size else living
+    return float(dead.mean()), float(saturated.sum() / squares.size)
+
+
+class OrDifferences:
+    """Derivatives, by central differences where the framework has none (a custom backward that cannot be derived)."""
+
+    def __init__(self, derivatives: Derivatives, arrays: Arrays) -> None:
+        self.vjp, self.gradient = derivatives.vjp, derivatives.gradient
+        self._exact, self._arrays = derivatives, arrays
+
+    def jvp(self, f: Function, values: Named, tangents: Named) -> tuple[Array, Array]:
+        """``f(values)`` and ``J tangents``."""
+        try:
+            return self._exact.jvp(f, values, tangents)
+        except _MISSING:
+            up, down, h = self._moved(values, tangents)
+            plus, minus = (self._exact.vjp(f, moved)[0] for moved in (up, down))
+            return self._exact.vjp(f, values)[0], (plus - minus) / (2 * h)
+
+    def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Array, dict[str, Array]]:
+        """A scalar ``f(values)`` and the rows of ``D²f tangents``."""
+        try:
+            return self._exact.hvp(f, values, tangents, rows)
+        except _MISSING:
+            up, down, h = self._moved(values, tangents)
+            plus, minus = (self._exact.gradient(f, moved)[1] for moved in (up, down))
+            return self._exact.gradient(f, values)[0], {n: (plus[n] - minus[n]) / (2 * h) for n in rows}
+
+    def _moved(self, values: Named, tangents: Named) -> tuple[dict[str, Array], dict[str, Array], float]:
+        """Values a small way along tangents, up and down, and the way."""
+        size, reach = (
+            max((float(np.abs(self._arrays.numpy(named[n])).max(initial=0)) for n in tangents), default=0.0) or 1.0
+            for named in (values, tangents)
+        )
+        h = 1e-3 * size / reach
+        up = {n: v + h * tangents[n] if n in tangents else v for n, v in values.items()}
+        down = {n: v - h * tangents[n] if n in tangents else v for n, v in values.items()}
+        return up, down, h
+
+
+_MISSING = (RuntimeError, LookupError, NotImplementedError, TypeError)

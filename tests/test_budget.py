@@ -1,0 +1,189 @@
+"""The solver on probes whose answers are known."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from hessinit import budget
+from hessinit.budget import MAX_PROBES, TOLERANCE
+
+SCALES = (1 / 20, 3.0)
+
+
+def solve(probe, size, target, **options):
+    return budget.solve(probe, size, (target, target), **options)
+
+
+class Homogeneous:
+    """A plain ReLU net: outputs ∝ ∏ s_k, layer k's trace ∝ ∏ of the others squared, ρ a power of the trace."""
+
+    def __init__(self, traces, sharpness=0.1, level=0.5, power=1.0, noise=0.0):
+        self.traces, self.rho, self.r, self.power = np.asarray(traces, float), sharpness, level, power
+        self.noise, self.rng = noise, np.random.default_rng(0)
+
+    def shares(self, theta):
+        return self.traces * np.exp(2 * (theta.sum() - theta))
+
+    def measure(self, theta):
+        self.theta = theta
+        factor = math.exp(self.noise * self.rng.standard_normal())
+        trace = self.shares(theta).sum() / self.traces.sum()
+        return self.rho * trace**self.power * factor, self.r * math.exp(theta.sum())
+
+    def slopes(self):
+        shares = self.shares(self.theta)
+        return 2 * (1 - shares / shares.sum()), np.ones(len(shares))
+
+
+class Normalised(Homogeneous):
+    """Every layer but the last is followed by a norm: its trace ∝ 1/s², and the outputs ∝ the last scale alone."""
+
+    def shares(self, theta):
+        shares = self.traces * np.exp(2 * (theta[-1] - theta))
+        shares[-1] = self.traces[-1]
+        return shares
+
+    def measure(self, theta):
+        rho, _ = super().measure(theta)
+        return rho, self.r * math.exp(theta[-1])
+
+    def slopes(self):
+        shares = self.shares(self.theta)
+        slope = -2 * shares / shares.sum()
+        slope[-1] = 2 * shares[:-1].sum() / shares.sum()
+        return slope, np.eye(len(shares))[-1]
+
+
+class Saturating(Homogeneous):
+    """Outputs end in a tanh: the level has a ceiling of 2."""
+
+    def measure(self, theta):
+        rho, level = super().measure(theta)
+        return rho, 2 * math.tanh(level)
+
+    def slopes(self):
+        trace, level = super().slopes()
+        x = self.r * math.exp(self.theta.sum())
+        return trace, level * x / (math.sinh(x) * math.cosh(x))
+
+
+def inside(solution):
+    thetas = np.array([point.theta for point in solution.points])
+    return (thetas >= math.log(SCALES[0]) - 1e-12).all() and (thetas <= math.log(SCALES[1]) + 1e-12).all()
+
+
+@pytest.mark.parametrize("probe", [Homogeneous, Normalised, Saturating])
+@pytest.mark.parametrize("traces", [[3, 1], [40, 2, 1], [5, 1, 1, 1, 1, 1, 2]])
+@pytest.mark.parametrize("factor", [0.5, 0.8, 1.0, 2.0, 10.0])
+def test_the_target_is_met_or_the_reason_said(probe, traces, factor):
+    net = probe(traces)
+    solution = solve(net, len(traces), net.rho * factor)
+    assert inside(solution)
+    assert 0.29 < solution.best.level < 1.03
+    if solution.met:
+        assert abs(math.log(solution.best.sharpness / (net.rho * factor))) <= TOLERANCE
+    else:
+        assert solution.reason.startswith(("cannot be met", "bounded by max_scale"))
+        assert factor in (0.5, 0.8, 10.0)
+        nearest = min(abs(math.log(p.sharpness / (net.rho * factor))) for p in solution.points)
+        assert abs(math.log(solution.best.sharpness / (net.rho * factor))) == nearest
+
+
+def test_most_plain_targets_take_few_probes():
+    counts = [len(solve(Homogeneous([40, 2, 1]), 3, 0.1 * f).points) for f in (1.5, 2, 4, 8, 16)]
+    assert max(counts) <= 5
+
+
+def test_the_way_is_the_flow_of_the_trace_at_constant_level():
+    net = Homogeneous([40, 2, 1])
+    solution = solve(net, 3, 0.4)
+
+    def flow(_, theta):
+        net.theta = theta
+        trace, level = net.slopes()
+        return trace - level * (trace @ level) / (level @ level)
+
+    def reached(_, theta):
+        return net.measure(theta)[0] - solution.best.sharpness
+
+    reached.terminal = True
+    end = solve_ivp(flow, (0, 100), np.zeros(3), events=reached, rtol=1e-8).y[:, -1]
+    assert np.abs(solution.best.theta - end).max() < 0.25
+    assert abs(solution.best.theta.sum()) < 1e-9
+
+
+def test_a_level_outside_its_band_is_brought_back():
+    for level in (5.0, 0.05):
+        net = Homogeneous([4, 2, 1], level=level)
+        solution = solve(net, 3, 0.1 * (0.55 / level) ** (4 / 3))
+        assert solution.met
+        assert 0.4 < solution.best.level < 0.75  # about the middle of the band
+    assert solve(Homogeneous([4, 2, 1], level=0.9), 3, 0.2).best.level == pytest.approx(0.9)
+
+
+def test_a_norm_takes_the_budget_by_shrinking_the_weights_before_it():
+    solution = solve(Normalised([4, 2, 1]), 3, 0.4)
+    assert solution.met
+    assert (solution.best.theta[:2] < 0).all()
+
+
+def test_what_cannot_be_met_is_said():
+    # Equal traces are the least at a level, which then falls to the end of its band, and the trace with it.
+    solution = solve(Homogeneous([1, 1]), 2, 0.01)
+    assert solution.reason == "cannot be met: lowest reachable ρ is 0.06"
+    assert solution.best.level == pytest.approx(0.3)
+    # One layer has no say in its own curvature.
+    assert solve(Homogeneous([3.0]), 1, 0.2).reason == "cannot be met: highest reachable ρ is 0.1"
+    assert solve(Homogeneous([4, 2, 1]), 3, 1e6).reason.startswith("bounded by max_scale: ρ = ")
+    assert solve(Normalised([4, 2, 1]), 3, 1e-3).reason.startswith("cannot be met: lowest reachable ρ is ")
+
+
+def test_no_more_probes_than_allowed_and_each_is_kept():
+    net = Homogeneous([4, 2, 1], power=0.1)
+    solution = solve(net, 3, 1e3, scales=(1e-9, 1e9), max_probes=4)
+    assert len(solution.points) == 4
+    assert solution.reason.startswith("stopped after 4 probes at ρ = ")
+    assert len(solve(Homogeneous([4, 2, 1]), 3, 1e9, scales=(1e-30, 1e30)).points) <= MAX_PROBES
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_noise_in_the_sharpness_does_not_mislead(power):
+    met = 0
+    for seed in range(40):
+        net = Homogeneous([40, 2, 1], power=power, noise=0.03)
+        net.rng = np.random.default_rng(seed)
+        met += solve(net, 3, 0.4).met
+    assert met >= 38
+
+
+def test_a_probe_that_is_not_finite_is_stepped_back_from():
+    class Cliff(Homogeneous):
+        def measure(self, theta):
+            rho, level = super().measure(theta)
+            return (math.inf if rho > 0.5 else rho), level
+
+    net = Cliff([40, 2, 1], power=3.0)
+    solution = solve(net, 3, 0.4)
+    assert math.isfinite(solution.best.sharpness)
+    assert any(not point.finite for point in solution.points)
+    assert solution.met
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ((math.nan, 0.5), "not finite at ρ = nan, level 0.5"),
+        ((0.5, math.inf), "not finite at ρ = 0.5, level inf"),
+        ((0.5, 0.0), "the outputs do not depend on the inputs: level 0"),
+    ],
+)
+def test_a_start_without_numbers_is_the_end(numbers, reason):
+    class Broken(Homogeneous):
+        def measure(self, theta):
+            return numbers
+
+    solution = solve(Broken([1, 1]), 2, 0.5)
+    assert (solution.reason, len(solution.points)) == (reason, 1)
+    assert (solution.best.theta == 0).all()

@@ -1,0 +1,219 @@
+"""The budget on real models: what comes out, and that nothing else changes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hessinit
+from hessinit import curvature
+from hessinit.calibration import MIN_SCALE
+
+
+def data(samples=128, inputs=20, classes=5, seed=0):
+    x = torch.randn(samples, inputs, generator=torch.Generator().manual_seed(seed))
+    return x, torch.arange(samples) % classes
+
+
+def mlp(activation=nn.ReLU, inputs=20, classes=5):
+    return nn.Sequential(nn.Linear(inputs, 32), activation(), nn.Linear(32, 16), activation(), nn.Linear(16, classes))
+
+
+def state(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("lr", [0.03, 0.1, 0.3])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU])
+def test_the_step_sharpness_is_the_one_asked_for(lr, activation):
+    model, report = hessinit.init_(mlp(activation), data(), "cross_entropy", lr=lr, seed=0, return_report=True)
+    found = float(curvature.step_sharpness(model, data(), "cross_entropy", lr))
+    assert found == pytest.approx(report.calibration.after.sharpness, rel=1e-3)
+    if report.calibration.solution.met:
+        assert 0.7 * math.exp(-0.11) <= found <= 2 * math.exp(0.11)
+        assert 0.29 <= report.calibration.after.level <= 1.03
+    assert report.calibration.passes <= 60
+
+
+def test_optimizers_count_with_the_step_of_their_long_run():
+    def scales(**options):
+        model = mlp()
+        made = options["make"](model.parameters())
+        _, report = hessinit.init_(model, data(), "cross_entropy", optimizer=made, seed=0, return_report=True)
+        return report.calibration
+
+    plain = scales(make=lambda p: torch.optim.SGD(p, lr=0.1))
+    momentum = scales(make=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9))
+    nesterov = scales(make=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True))
+    for other in (momentum, nesterov):
+        assert other.scales == pytest.approx(plain.scales, rel=1e-4)
+        assert other.budget[0] == pytest.approx(0.7)
+    adam = scales(make=lambda p: torch.optim.Adam(p, lr=1e-3))
+    assert adam.budget[0] == pytest.approx(0.18, abs=0.01)
+
+
+def test_a_schedule_counts_with_its_peak():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.01)
+    assert optimizer.param_groups[0]["lr"] < 0.01
+    warm = hessinit.init_(model, data(), "cross_entropy", optimizer=optimizer, seed=0)
+    plain = hessinit.init_(mlp(), data(), "cross_entropy", lr=0.1, seed=0)
+    for a, b in zip(state(warm), state(plain), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4)
+
+
+def test_the_slopes_are_those_of_the_probe_itself():
+    """Against central differences of the level, and of the trace with its column held."""
+    from hessinit.objective import Objective
+    from hessinit.probe import NetworkProbe, sgd_step
+
+    model = mlp(nn.Tanh).double()
+    x, y = data()
+    objective = Objective("test", model, (x.double(), y), "cross_entropy")
+    base = {n: p.detach() for n, p in model.named_parameters() if p.ndim > 1}
+    probe = NetworkProbe(objective, base, {}, lambda gradient, values: sgd_step(0.1))
+    theta = np.array([0.2, -0.1, 0.3])
+    probe.measure(theta)
+    trace, level = probe.slopes()
+    held = []
+
+    def at(t):
+        _, r = probe.measure(t)
+
+        def work(chunk):
+            z, pull = objective.network.derivatives.vjp(chunk.outputs, objective.values(probe.trained))
+            held.append(probe._rooted(chunk, z, probe._signs()) if not held else held[0])
+            return z, sum(float((g**2).sum()) for n, g in pull(held[0]).items() if n in probe.trained)
+
+        return math.log(objective.over_data(work)), math.log(r)
+
+    at(theta)
+    for k in range(3):
+        h = np.eye(3)[k] * 1e-4
+        up, down = at(theta + h), at(theta - h)
+        assert trace[k] == pytest.approx((up[0] - down[0]) / 2e-4, abs=1e-5)
+        assert level[k] == pytest.approx((up[1] - down[1]) / 2e-4, abs=1e-5)
+
+
+def test_the_seed_decides_everything_and_nothing_else_changes():
+    def made(global_seed):
+        torch.manual_seed(global_seed)
+        model = nn.Sequential(
+            nn.Linear(20, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 5)
+        ).eval()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        before = torch.get_rng_state(), [b.clone() for b in model.buffers()]
+        hessinit.init_(model, data(), "cross_entropy", optimizer=optimizer, seed=3)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), before[1], strict=True))
+        assert not any(m.training for m in model.modules())
+        assert not optimizer.state
+        assert all(p.grad is None for p in model.parameters())
+        return state(model)
+
+    assert all(torch.equal(a, b) for a, b in zip(made(0), made(1), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "error", "message"),
+    [
+        (data(), {}, ValueError, "init_: lr or optimizer must be given"),
+        (data(), {"lr": 0.1}, ValueError, "init_: loss must be given"),
+        (None, {"loss": "mse", "lr": 0.1}, ValueError, "init_: batch must be given"),
+        (data(), {"loss": "cross_entropy", "lr": -1.0}, ValueError, "init_: lr must be a positive, finite number"),
+        (data(), {"loss": "cross_entropy", "lr": "big"}, TypeError, "init_: lr must be a positive, finite number"),
+        (data(), {"loss": "cross_entropy", "lr": 0.1, "level": (1.0, 0.3)}, ValueError, "init_: level must be a pair"),
+        (data(), {"loss": "cross_entropy", "lr": 0.1, "max_scale": 0.5}, ValueError, "init_: max_scale must be"),
+        (data(), {"loss": "cross_entropy", "lr": 0.1, "num_samples": 0}, ValueError, "init_: num_samples must be"),
+        (data(), {"loss": "cross_entropy", "optimizer": "sgd"}, TypeError, "init_: optimizer must be"),
+        (data(), {"loss": "cross_entropy", "lr": 0.1, "base": "old"}, ValueError, "init_: base must be"),
+        ((math.nan * data()[0], data()[1]), {"loss": "mse", "lr": 0.1}, ValueError, "init_: batch must be finite"),
+        ((data()[0], data()[1] + 7), {"loss": "cross_entropy", "lr": 0.1}, ValueError, "init_: labels must be in 0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_error_and_leaves_every_weight(batch, options, error, message):
+    model = mlp()
+    before = state(model)
+    with pytest.raises(error, match="^" + message):
+        hessinit.init_(model, batch, **options)
+    assert all(torch.equal(a, b) for a, b in zip(state(model), before, strict=True))
+
+
+def test_an_interruption_leaves_every_weight():
+    class Stopped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            calls.append(1)
+            if len(calls) > 6:
+                raise KeyboardInterrupt
+            return self.net(x)
+
+    calls = []
+    model = Stopped()
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt):
+        hessinit.init_(model, data(), "cross_entropy", lr=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(state(model), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["inputs x 7", "1,000 classes", "batch of 1", "one layer", "zero inputs", "constant labels", "regression"],
+)
+def test_extremes_stay_within_the_bounds(case):
+    model, (x, y), loss = mlp(), data(), "cross_entropy"
+    if case == "inputs x 7":
+        x = 7 * x
+    elif case == "1,000 classes":
+        model = mlp(classes=1000)
+    elif case == "batch of 1":
+        x, y = x[:1], y[:1]
+    elif case == "one layer":
+        model = nn.Sequential(nn.Linear(20, 5))
+    elif case == "zero inputs":
+        x = 0 * x
+    elif case == "constant labels":
+        y = 0 * y
+    else:
+        model, y, loss = mlp(classes=1), 100 + 30 * x[:, :1], "mse"
+    _, report = hessinit.init_(model, (x, y), loss, lr=0.1, seed=0, return_report=True)
+    assert all(MIN_SCALE * 0.999 <= s <= 4.001 for s in report.calibration.scales.values())
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert str(report).count("\n") >= len(report) + 3
+
+
+def test_rescale_keeps_all_but_the_scale_of_the_weights():
+    model = mlp()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    _, report = hessinit.rescale_(model, data(), "cross_entropy", lr=0.1, seed=0, return_report=True)
+    for name, p in model.named_parameters():
+        factor = report[name].scale if p.ndim > 1 else 1.0
+        assert torch.allclose(p, before[name] * factor)
+
+
+def test_loaders_dicts_and_tokens():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=50, shuffle=True)
+    model = mlp()
+    order = torch.get_rng_state()
+    _, report = hessinit.init_(model, loader, nn.CrossEntropyLoss(), lr=0.1, seed=0, return_report=True)
+    assert report.calibration.samples == 128
+    assert torch.equal(torch.get_rng_state(), order)
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(11, 16), nn.Linear(16, 11)
+
+        def forward(self, ids):
+            return self.head(torch.relu(self.embedding(ids)))
+
+    ids = torch.arange(6000).reshape(300, 20) % 11
+    batch = {"ids": ids, "labels": (ids + 1) % 11}
+    _, report = hessinit.init_(Tokens(), batch, "cross_entropy", lr=1.0, seed=0, return_report=True)
+    assert report.calibration.samples == 4096 // 20
