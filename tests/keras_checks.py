@@ -338,7 +338,7 @@ def test_init_follows_a_subclassed_model_through_its_inputs():
     net = Subclassed()
     with pytest.raises(ValueError, match="model 'subclassed.*' must be built"):
         hessinit.init_(net)
-    _, report = hessinit.init_(net, (x, np.zeros(64)), seed=0, return_report=True)
+    _, report = hessinit.init_(net, x, seed=0, return_report=True)
     assert [(r.activation, r.depth) for r in report if r.role == "weight"] == [("Tanh", 2)] * 2
     assert rms(net.one(x)) ** 2 == pytest.approx(rules.INPUT_VARIANCE, rel=0.3)
     _, report = hessinit.init_(net, return_report=True)
