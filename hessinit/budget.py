@@ -82,8 +82,8 @@ def solve(
     probe: Probe,
     size: int,
     target: tuple[float, float],
-    level: tuple[float, float] = (0.3, 1.0),
-    scales: tuple[float, float] = (1 / 20, 3.0),
+    level: tuple[float, float],
+    scales: tuple[float, float],
     max_probes: int = MAX_PROBES,
 ) -> Solution:
     """Log scales with step sharpness ``target`` and a level inside its band, from ``θ = 0``.
@@ -109,7 +109,7 @@ def solve(
         ...         return self.squares.sum(), 0.5 * np.exp(theta.sum())
         ...     def slopes(self):
         ...         return 2 * self.squares / self.squares.sum(), np.ones(2)
-        >>> solution = solve(TwoLayers(), 2, target=(22, 22))
+        >>> solution = solve(TwoLayers(), 2, target=(22, 22), level=(0.3, 1.0), scales=(1 / 20, 3.0))
         >>> solution.reason, len(solution.points), np.exp(solution.best.theta).round(1)
         ('met', 2, array([1.5, 0.7]))
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -15,7 +15,7 @@ from hessinit.batches import Batches, inputs_and_targets
 from hessinit.budget import Solution, solve
 from hessinit.draw import stream
 from hessinit.networks.base import Array, Arrays, Named
-from hessinit.objective import Objective
+from hessinit.objective import Forward, Objective
 from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
@@ -40,7 +40,6 @@ class Target:
         max_scale: largest scale.
         num_samples: of the batch; None for the default.
         forward: of (model, batch), returns outputs and targets; None for the framework's way.
-        progress: whether to show a bar.
     """
 
     loss: Any
@@ -50,8 +49,7 @@ class Target:
     level: tuple[float, float] = LEVEL
     max_scale: float = MAX_SCALE
     num_samples: int | None = None
-    forward: Callable[[Any, Any], tuple[Any, Any]] | None = None
-    progress: bool | None = None
+    forward: Forward | None = None
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,8 @@ def calibrate(
     least = SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree
     budget = (least, NO_GAIN) if target.budget is None else (target.budget, target.budget)
     solution = solve(probe, len(weights), budget, target.level, (MIN_SCALE, target.max_scale))
-    before = probe.describe(solution.points[0].theta)
-    after = probe.describe(solution.best.theta)
+    before = probe.describe(solution.points[0])
+    after = before if solution.best is solution.points[0] else probe.describe(solution.best)
     scales = {name: float(np.exp(t)) for name, t in zip(weights, solution.best.theta, strict=True)}
     return Calibration(scales, budget, solution, before, after, probe.passes, samples)
 

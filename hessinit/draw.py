@@ -94,6 +94,11 @@ def draw(
     return np.asarray(std * unit, dtype=dtype).reshape(sorted_shape).transpose(back).reshape(tuple(shape))
 
 
+def signs(rng: np.random.Generator, shape: Sequence[int]) -> Weights:
+    """Random signs, each with probability one half."""
+    return rng.integers(0, 2, tuple(shape)) * 2.0 - 1.0
+
+
 def stream(seed: int, *names: str | int) -> np.random.Generator:
     """The random stream of one weight: a function of the seed and of names alone, not of the order of calls."""
     digest = hashlib.blake2b("/".join(str(part) for part in (seed, *names)).encode(), digest_size=16).digest()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -19,12 +19,32 @@ from hessinit.draw import check_distribution, draw, stream
 from hessinit.layout import Fans
 from hessinit.networks import wrap
 from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Follower, Network, Parameter
+from hessinit.objective import Forward
 from hessinit.report import Report, Row
 
 Model = TypeVar("Model")
 Globs = str | Sequence[str]
-Forward = Callable[[Any, Any], tuple[Any, Any]]
 CLOSED_FORM, CURRENT = "closed_form", "current"
+
+
+class Options(TypedDict, total=False):
+    """Keywords of :func:`init_`."""
+
+    lr: float | None
+    optimizer: Any
+    base: str
+    distribution: str
+    nonlinearity: Any
+    generator: Any
+    seed: int | None
+    include: Globs | None
+    exclude: Globs | None
+    forward: Forward | None
+    num_samples: int | None
+    level: tuple[float, float]
+    budget: float | None
+    max_scale: float
+    progress: bool | None
 
 
 @overload
@@ -33,47 +53,14 @@ def init_(
     batch: Any = None,
     loss: Any = None,
     *,
-    lr: float | None = None,
-    optimizer: Any = None,
-    base: str = CLOSED_FORM,
-    distribution: str = "orthogonal",
-    nonlinearity: Any = "relu",
-    generator: Any = None,
-    seed: int | None = None,
-    include: Globs | None = None,
-    exclude: Globs | None = None,
-    forward: Forward | None = None,
-    num_samples: int | None = None,
-    level: tuple[float, float] = LEVEL,
-    budget: float | None = None,
-    max_scale: float = MAX_SCALE,
-    progress: bool | None = None,
     return_report: Literal[False] = False,
+    **options: Unpack[Options],
 ) -> Model: ...
 
 
 @overload
 def init_(
-    model: Model,
-    batch: Any = None,
-    loss: Any = None,
-    *,
-    lr: float | None = None,
-    optimizer: Any = None,
-    base: str = CLOSED_FORM,
-    distribution: str = "orthogonal",
-    nonlinearity: Any = "relu",
-    generator: Any = None,
-    seed: int | None = None,
-    include: Globs | None = None,
-    exclude: Globs | None = None,
-    forward: Forward | None = None,
-    num_samples: int | None = None,
-    level: tuple[float, float] = LEVEL,
-    budget: float | None = None,
-    max_scale: float = MAX_SCALE,
-    progress: bool | None = None,
-    return_report: Literal[True],
+    model: Model, batch: Any = None, loss: Any = None, *, return_report: Literal[True], **options: Unpack[Options]
 ) -> tuple[Model, Report]: ...
 
 
@@ -192,12 +179,12 @@ def init_(
     network = wrap(model, function)
     loss, optimizer = _known(function, network, batch, loss, lr, optimizer)
     calibrated = lr is not None or optimizer is not None
-    target = Target(loss, lr, optimizer, budget, level, max_scale, num_samples, forward, progress)
+    target = Target(loss, lr, optimizer, budget, level, max_scale, num_samples, forward)
     check_target(function, target)
     activation = network.nonlinearity(nonlinearity)
     rules.gain(activation)
     seed = _seed(network, generator, seed)
-    data, samples = _taken(function, network, batch, num_samples, seed) if calibrated else (batch, 0)
+    data, samples = _taken(function, network, batch, num_samples, seed, progress) if calibrated else (batch, 0)
     inputs = _inputs(data, calibrated, forward)
     with _forward_errors(inputs):
         network.prepare(inputs, function)
@@ -288,11 +275,13 @@ def _known(function: str, network: Network, batch: Any, loss: Any, lr: float | N
     return loss, optimizer
 
 
-def _taken(function: str, network: Network, batch: Any, num_samples: int | None, seed: int) -> tuple[Any, int]:
+def _taken(
+    function: str, network: Network, batch: Any, num_samples: int | None, seed: int, progress: bool | None
+) -> tuple[Any, int]:
     """The samples that the budget is measured on, and their number."""
     try:
         with random_states_kept(network.random_state()):
-            return take(Batches(batch, network.arrays.is_array, False), num_samples, network.arrays, seed)
+            return take(Batches(batch, network.arrays.is_array, progress), num_samples, network.arrays, seed)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{function}: {str(error).rstrip('.')}.") from error
 
@@ -312,7 +301,7 @@ def _keep(
         values[p.name] = np.array(network.arrays.numpy(network.values([p.name])[p.name]))
         assert p.layout is not None  # of every weight
         fans = p.layout.fans(p.shape)
-        std = float(np.sqrt(np.mean(np.square(values[p.name], dtype=np.float64)))) if values[p.name].size else math.nan
+        std = _rms(values[p.name])
         note = "rescaled" if std > 0 else "left: zero"
         numbers = {"fan_in": fans.fan_in, "fan_out": fans.fan_out, "std": std, "std_drawn": std}
         rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
@@ -329,7 +318,7 @@ def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int) -> tu
     std, note = _std(fans, gain, follower)
     wide = np.float64 if p.dtype == "float64" else np.float32
     values = draw(p.shape, p.layout, std, distribution, stream(seed, p.key), wide)
-    std_drawn = float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else math.nan
+    std_drawn = _rms(values)
     if p.zero_row is not None:
         values[p.zero_row] = 0
         note += f", row {p.zero_row} (padding) zero"
@@ -346,6 +335,10 @@ def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int) -> tu
         std_drawn=std_drawn,
     )
     return values, row
+
+
+def _rms(values: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else math.nan
 
 
 def _write(network: Network, values: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hessinit.batches import Batches, inputs_and_targets, random_states_kept
-from hessinit.draw import stream
+from hessinit.draw import signs, stream
 from hessinit.losses import Loss
 from hessinit.networks import wrap
 from hessinit.networks.base import Array, Named, Network
@@ -304,6 +304,10 @@ class Objective:
 
         return dict(self.over_data(work))
 
+    def probe_stream(self, probe: int) -> np.random.Generator:
+        """The random numbers of one probe of the trace."""
+        return stream(self.seed, "signs", str(probe))
+
     def squares(self, names: Sequence[str], probe: int, reduce: Callable[[Array], Any]) -> dict[str, Any] | None:
         """``Σ reduce(g²)`` over chunks, g = ``Jᵀ R ε`` with random signs ε: unbiased for traces and the diagonal.
 
@@ -311,12 +315,12 @@ class Objective:
         """
         if not self.loss.analytic_root:
             return None
-        signs = stream(self.seed, "signs", str(probe))
+        rng = self.probe_stream(probe)
 
         def work(chunk: Chunk) -> tuple[Array, Any]:
             z, pull = self.network.derivatives.vjp(chunk.outputs, self.values(names))
-            epsilon = signs.integers(0, 2, tuple(z.shape)) * 2.0 - 1.0
-            rooted = self.loss.root(z, chunk.targets, self.network.arrays.asarray(epsilon, z))
+            epsilon = self.network.arrays.asarray(signs(rng, z.shape), z)
+            rooted = self.loss.root(z, chunk.targets, epsilon)
             return z, {name: reduce(g) for name, g in pull(rooted).items()}
 
         return dict(self.over_data(work))
@@ -378,8 +382,7 @@ class Objective:
         """Random signs of the parameters' shapes, the same at every call with the same key."""
         arrays, found = self.network.arrays, {}
         for name, value in self.values(names).items():
-            signs = stream(self.seed, key, name).integers(0, 2, tuple(value.shape)) * 2.0 - 1.0
-            found[name] = arrays.asarray(signs, value)
+            found[name] = arrays.asarray(signs(stream(self.seed, key, name), value.shape), value)
         return found
 
     def outputs_bend(self, rows: Sequence[str], cols: Sequence[str]) -> dict[str, float]:
@@ -393,14 +396,14 @@ class Objective:
         weights = stream(self.seed, "outputs")
 
         def work(chunk: Chunk) -> tuple[Array, Any]:
-            signs: list[Any] = []
+            drawn: list[Any] = []
 
             def projected(v: Named) -> Array:
                 z = chunk.outputs(v)
                 natural = self.loss.natural(z, chunk.targets)
-                if not signs:
-                    signs.append(weights.integers(0, 2, tuple(natural.shape)) * 2.0 - 1.0)
-                return arrays.sum(natural * arrays.asarray(signs[0], natural))
+                if not drawn:
+                    drawn.append(signs(weights, natural.shape))
+                return arrays.sum(natural * arrays.asarray(drawn[0], natural))
 
             value, first = self.network.derivatives.gradient(projected, values)
             _, bent = self.network.derivatives.hvp(projected, values, tangents, rows)

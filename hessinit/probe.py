@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hessinit.budget import Vector
-from hessinit.draw import stream
+from hessinit.budget import Point, Vector
+from hessinit.draw import signs
 from hessinit.networks.base import Array, Arrays, Derivatives, Function, Named, Network
 from hessinit.objective import Chunk, Objective
 
@@ -124,8 +124,8 @@ class NetworkProbe:
         """Step sharpness and level at these log scales: two passes."""
         self._place(theta)
         gradient = self._gradient()
-        self._last = gradient, self.step.update(gradient, self._values())
-        grown = {name: self.step.growth.get(name, 1.0) * d for name, d in self._last[1].items()}
+        step = self.step.update(gradient, self._values())
+        grown = {name: self.step.growth.get(name, 1.0) * d for name, d in step.items()}
         gain, form, level = self._along(grown, gradient)
         return (form / abs(gain) if gain else float("nan")), level
 
@@ -133,13 +133,14 @@ class NetworkProbe:
         """``∇ log T`` and ``∇ log r``: about five passes."""
         self.passes += GRADIENT + BACKWARD + PRODUCT
         loss, names = self.objective.loss, list(self.base)
-        signs = self._signs()
+        rng = self.objective.probe_stream(0)
 
         def work(chunk: Chunk) -> tuple[Array, Any]:
-            values = self.objective.values(self.trained)
+            values = self._values()
             z, pull = self.derivatives.vjp(chunk.outputs, values)
-            c = self._rooted(chunk, z, signs)
-            u = {name: pulled for name, pulled in pull(c).items() if name in self.trained}
+            c = self._rooted(chunk, z, rng)
+            pulled = pull(c)
+            u = {name: pulled[name] for name in self.trained}
             _, bent = self.derivatives.hvp(lambda v: self.arrays.sum(chunk.outputs(v) * c), values, u, names)
             square, slope = self.derivatives.gradient(
                 lambda v: loss.level(v["z"], chunk.targets)[0], {"z": z}
@@ -155,17 +156,18 @@ class NetworkProbe:
         found = self.objective.over_data(work)
         return _ratio(found["trace slope"], found["trace"]), _ratio(found["level slope"], found["level"])
 
-    def describe(self, theta: Vector) -> State:
-        """Everything the report says of these log scales: about four passes."""
+    def describe(self, point: Point) -> State:
+        """Everything the report says of a point that was measured: less than four passes."""
         self.passes += GRADIENT + 2 * FORWARD
-        sharpness, level = self.measure(theta)
-        gradient, step = self._last
+        self._place(point.theta)
+        gradient = self._gradient()
+        step = self.step.update(gradient, self._values())
         gain, form, _ = self._along(step, gradient)
-        signs = self._signs()
+        rng = self.objective.probe_stream(0)
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
-            z, pull = self.derivatives.vjp(chunk.outputs, self.objective.values(self.trained))
-            pulled = pull(self._rooted(chunk, z, signs))
+            z, pull = self.derivatives.vjp(chunk.outputs, self._values())
+            pulled = pull(self._rooted(chunk, z, rng))
             return z, {
                 "curvature": {name: self.arrays.dot(pulled[name], pulled[name]) for name in self.trained},
                 "units": {name: self._units(name, pulled[name]) for name in self.base},
@@ -178,7 +180,7 @@ class NetworkProbe:
         actual = self.objective.value() - loss
         self.objective.placed = placed
         units = {name: _silent(squares) for name, squares in found["units"].items()}
-        return State(loss, sharpness, level, gain + form / 2, actual, found["curvature"], units)
+        return State(loss, point.sharpness, point.level, gain + form / 2, actual, found["curvature"], units)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -208,13 +210,10 @@ class NetworkProbe:
         gain = sum(self.arrays.dot(gradient[name], step[name]) for name in self.trained)
         return float(gain), float(form), float(np.sqrt(square / number))
 
-    def _signs(self) -> np.random.Generator:
-        return stream(self.objective.seed, "signs", "0")
-
-    def _rooted(self, chunk: Chunk, z: Array, signs: np.random.Generator) -> Array:
+    def _rooted(self, chunk: Chunk, z: Array, rng: np.random.Generator) -> Array:
         """``R ε``. Where a loss has no root, ``D²_z ℓ ε`` of the length that its root would give on the whole."""
         loss, y = self.objective.loss, chunk.targets
-        epsilon = self.arrays.asarray(signs.integers(0, 2, tuple(z.shape)) * 2.0 - 1.0, z)
+        epsilon = self.arrays.asarray(signs(rng, z.shape), z)
         if loss.analytic_root:
             return loss.root(z, y, epsilon)
         product = loss.product(z, y, epsilon)

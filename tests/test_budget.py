@@ -13,7 +13,7 @@ SCALES = (1 / 20, 3.0)
 
 
 def solve(probe, size, target, **options):
-    return budget.solve(probe, size, (target, target), **options)
+    return budget.solve(probe, size, (target, target), **{"level": (0.3, 1.0), "scales": SCALES, **options})
 
 
 class Homogeneous:

@@ -85,7 +85,7 @@ def test_the_slopes_are_those_of_the_probe_itself():
 
         def work(chunk):
             z, pull = objective.network.derivatives.vjp(chunk.outputs, objective.values(probe.trained))
-            held.append(probe._rooted(chunk, z, probe._signs()) if not held else held[0])
+            held.append(probe._rooted(chunk, z, objective.probe_stream(0)) if not held else held[0])
             return z, sum(float((g**2).sum()) for n, g in pull(held[0]).items() if n in probe.trained)
 
         return math.log(objective.over_data(work)), math.log(r)
