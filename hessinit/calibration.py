@@ -21,7 +21,7 @@ from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
 NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
-LEVEL = 0.3, 1.0
+LEVEL = 0.3, 2.0
 MIN_SCALE, MAX_SCALE = 1 / 20, 4.0
 SAMPLES = 256
 FEWEST, TERMS = 32, 4096  # samples of many loss terms each (texts, images of labels) go by their terms
@@ -35,7 +35,7 @@ class Target:
         loss: name, framework loss or callable.
         lr: of plain SGD; None where an optimizer is given.
         optimizer: of the framework; None where a learning rate is given.
-        budget: c; None for the default of the optimizer's kind.
+        budget: c, or lowest and highest step sharpness; None for the default of the optimizer's kind.
         level: lowest and highest level.
         max_scale: largest scale.
         num_samples: of the batch; None for the default.
@@ -45,7 +45,7 @@ class Target:
     loss: Any
     lr: float | None = None
     optimizer: Any = None
-    budget: float | None = None
+    budget: float | tuple[float, float] | None = None
     level: tuple[float, float] = LEVEL
     max_scale: float = MAX_SCALE
     num_samples: int | None = None
@@ -64,6 +64,7 @@ class Calibration:
         after: the net at these scales.
         passes: gradient passes over the batch that it took, in their cost.
         samples: in the batch.
+        bounds: smallest and largest scale allowed.
     """
 
     scales: Mapping[str, float]
@@ -73,6 +74,7 @@ class Calibration:
     after: State
     passes: float
     samples: int
+    bounds: tuple[float, float]
 
 
 def check(function: str, target: Target) -> None:
@@ -84,19 +86,26 @@ def check(function: str, target: Target) -> None:
             kind = ValueError if number else TypeError
             raise kind(f"{function}: {name} must be a positive, finite number; got {value!r}.")
 
+    def pair(name: str, value: Any) -> None:
+        if not (isinstance(value, Sequence) and len(value) == 2):
+            raise TypeError(f"{function}: {name} must be a pair (lowest, highest); got {value!r}.")
+        for end in value:
+            positive(name, end)
+        if not value[0] < value[1]:
+            raise ValueError(f"{function}: {name} must be a pair (lowest, highest); got {value!r}.")
+
     if target.lr is not None and target.optimizer is not None:
         raise ValueError(f"{function}: lr and optimizer must not both be given; got {target.lr!r} and an optimizer.")
-    for name, value in (("lr", target.lr), ("budget", target.budget), ("max_scale", target.max_scale)):
+    for name, value in (("lr", target.lr), ("max_scale", target.max_scale)):
         if value is not None:
             positive(name, value)
     if target.max_scale < 1:
         raise ValueError(f"{function}: max_scale must be at least 1; got {target.max_scale!r}.")
-    if not (isinstance(target.level, Sequence) and len(target.level) == 2):
-        raise TypeError(f"{function}: level must be a pair (lowest, highest); got {target.level!r}.")
-    for value in target.level:
-        positive("level", value)
-    if not target.level[0] < target.level[1]:
-        raise ValueError(f"{function}: level must be a pair (lowest, highest); got {target.level!r}.")
+    pair("level", target.level)
+    if isinstance(target.budget, Sequence):
+        pair("budget", target.budget)
+    elif target.budget is not None:
+        positive("budget", target.budget)
     n = target.num_samples
     if n is not None and (isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1):
         raise ValueError(f"{function}: num_samples must be a positive integer or None; got {n!r}.")
@@ -141,13 +150,20 @@ def calibrate(
 
     probe = NetworkProbe(objective, placed(weights), placed(others), step)
     degree = probe.step.degree
-    least = SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree
-    budget = (least, NO_GAIN) if target.budget is None else (target.budget, target.budget)
-    solution = solve(probe, len(weights), budget, target.level, (MIN_SCALE, target.max_scale))
+    budget = _range(target.budget, degree)
+    bounds = MIN_SCALE, target.max_scale
+    solution = solve(probe, len(weights), budget, target.level, bounds)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
     scales = {name: float(np.exp(t)) for name, t in zip(weights, solution.best.theta, strict=True)}
-    return Calibration(scales, budget, solution, before, after, probe.passes, samples)
+    return Calibration(scales, budget, solution, before, after, probe.passes, samples, bounds)
+
+
+def _range(budget: float | tuple[float, float] | None, degree: float) -> tuple[float, float]:
+    """Lowest and highest step sharpness, for steps that scale with the gradient's power ``degree``."""
+    if budget is None:
+        return SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree, NO_GAIN
+    return (budget[0], budget[1]) if isinstance(budget, Sequence) else (budget, budget)
 
 
 def take(batches: Batches, num_samples: int | None, arrays: Arrays, seed: int) -> tuple[Any, int]:

@@ -18,9 +18,18 @@ import numpy as np
 from hessinit import rules
 from hessinit.draw import draw, stream
 from hessinit.layout import KERAS, Layout
+from hessinit.model import init_
 from hessinit.networks.keras import numpy_nonlinearity, weight_layout
+from hessinit.report import Report
 
-__all__ = ["HessianInit", "HessianNormal", "HessianOrthogonal", "HessianTruncatedNormal", "HessianUniform"]
+__all__ = [
+    "HessianInit",
+    "HessianNormal",
+    "HessianOrthogonal",
+    "HessianTruncatedNormal",
+    "HessianUniform",
+    "InitCallback",
+]
 
 Nonlinearity = str | Callable[[Any], Any]
 register = keras.saving.register_keras_serializable(package="hessinit")
@@ -147,6 +156,38 @@ class HessianOrthogonal(HessianInit):
     """Orthogonal rows or columns whose root mean square is exactly σ; arguments as in :class:`HessianInit`."""
 
     distribution = "orthogonal"
+
+
+class InitCallback(keras.callbacks.Callback):
+    """Calls :func:`hessinit.init_` when ``fit`` begins, for the loss and the optimizer that the model is compiled with.
+
+    A fit that goes on from earlier steps leaves the weights as they are.
+
+    Args:
+        batch: a pair (inputs, targets), or a loader; ``fit`` does not show its own data to callbacks.
+        options: keywords of :func:`hessinit.init_`.
+
+    After the fit has begun, ``report`` is a :class:`hessinit.Report`, or None if nothing was done.
+
+    Example:
+        >>> x, y = np.random.default_rng(0).standard_normal((64, 8)), np.arange(64) % 3
+        >>> net = keras.Sequential([keras.layers.Dense(16, "relu"), keras.layers.Dense(3)])
+        >>> net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> start = InitCallback((x, y), seed=0)
+        >>> history = net.fit(x, y, callbacks=[start], verbose=0)
+        >>> start.report.calibration.solution.reason
+        'met'
+    """
+
+    def __init__(self, batch: Any, **options: Any) -> None:
+        super().__init__()
+        self.batch, self.options = batch, options
+        self.report: Report | None = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Sets the weights before the first step."""
+        if int(self.model.optimizer.iterations) == 0:
+            _, self.report = init_(self.model, self.batch, return_report=True, **self.options)
 
 
 def _layer_being_built() -> tuple[keras.Layer | None, str]:

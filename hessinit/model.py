@@ -42,7 +42,7 @@ class Options(TypedDict, total=False):
     forward: Forward | None
     num_samples: int | None
     level: tuple[float, float]
-    budget: float | None
+    budget: float | tuple[float, float] | None
     max_scale: float
     progress: bool | None
 
@@ -81,7 +81,7 @@ def init_(
     forward: Forward | None = None,
     num_samples: int | None = None,
     level: tuple[float, float] = LEVEL,
-    budget: float | None = None,
+    budget: float | tuple[float, float] | None = None,
     max_scale: float = MAX_SCALE,
     progress: bool | None = None,
     return_report: bool = False,
@@ -133,10 +133,10 @@ def init_(
         num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
             Default 256, or fewer of texts and label images: 4096 loss terms, at least 32 samples.
         level: lowest and highest root mean square of the class-centred logits (regression: of the outputs, in standard
-            deviations of the targets). Default (0.3, 1.0).
-        budget: the step sharpness to come to. Default: between c and 2, with c = 0.7 for steps proportional to the
-            gradient (SGD, with or without momentum) and 0.18 for steps by its sign (Adam, AdamW, Lion), which do not
-            shrink as the gradient does.
+            deviations of the targets). Default (0.3, 2.0).
+        budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional
+            steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
+            do not shrink as it does.
         max_scale: largest factor on a weight, at least 1; the smallest is 1/20. Default 4.
         progress: whether to show a bar over the batches of a loader. Default: where standard error is a terminal.
         return_report: whether to return ``(model, report)``. Default False.

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hessinit.calibration import Calibration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+VANISHED = 1e-6  # share of the curvature, below which a weight hardly matters to the outputs
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`hessinit.init_` did: ``report.rows``, ``print(report)``, ``report["fc1.weight"]``, ``to_csv``.
+    """What :func:`hessinit.init_` did: ``print(report)``, ``report["fc1.weight"]``, ``to_csv``, ``plot``, ``warnings``.
 
     Args:
         rows: one a parameter.
@@ -87,11 +93,36 @@ class Report:
             writer.writeheader()
             writer.writerows(asdict(row) for row in self.rows)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a budget has met that a user should know of, a line each."""
+        return [] if self.calibration is None else _warnings(self.calibration)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """A picture of a budget: std of each weight, its layer curvature, and ρ and level by probe; before and after.
+
+        Args:
+            path: of a file to write it to, in the format of its suffix. Default: none is written.
+
+        Returns:
+            A ``matplotlib.figure.Figure``, which notebooks show.
+
+        Raises:
+            ImportError: without matplotlib.
+            ValueError: of a report of the closed form, which changes nothing.
+        """
+        if self.calibration is None:
+            raise ValueError("plot: report must be of a budget; got one of the closed form.")
+        made = _plot(self.calibration, [row for row in self.rows if not math.isnan(row.scale)])
+        if path is not None:
+            made.savefig(path)
+        return made
+
     def __str__(self) -> str:
         head = ["parameter", "shape", "role", "fans", "activation", "depth", "gain", "std", "drawn", "note"]
         lines = [head, *(_cells(row) for row in self.rows)]
         if self.calibration is not None:
-            extra = [["scale", "curvature"], *(_calibrated_cells(row) for row in self.rows)]
+            extra = [["scale", "curvature", "share"], *(self._calibrated_cells(row) for row in self.rows)]
             lines = [[*line[:-1], *more, line[-1]] for line, more in zip(lines, extra, strict=True)]
         widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
@@ -101,15 +132,27 @@ class Report:
             f"{touched} of {len(self.rows)} parameters set; distribution {self.distribution}, seed {self.seed}"
         )
         if self.calibration is not None:
-            table += _summary(self.calibration)
+            table += [*_summary(self.calibration), *(f"warning: {line}" for line in self.warnings)]
         return "\n".join(line.rstrip() for line in table)
+
+    def _calibrated_cells(self, row: Row) -> list[str]:
+        if math.isnan(row.curvature):
+            return ["", "", ""]
+        before = row.curvature_before / (_sum(r.curvature_before for r in self.rows) or 1.0)
+        after = row.curvature / (_sum(r.curvature for r in self.rows) or 1.0)
+        change = f"{row.curvature_before:.3g} → {row.curvature:.3g}"
+        return [f"{row.scale:.3g}", change, f"{before:.0%} → {after:.0%}"]
+
+
+def _sum(values: Iterable[float]) -> float:
+    return sum(value for value in values if not math.isnan(value))
 
 
 def _summary(calibration: Calibration) -> list[str]:
-    """What the budget came to, and what to be warned of."""
+    """What the budget came to, and what it cost."""
     before, after, (low, high) = calibration.before, calibration.after, calibration.budget
     asked = f"{low:g}" if low == high else f"{low:.3g} to {high:g}"
-    lines = [
+    return [
         f"step sharpness {before.sharpness:.3g} → {after.sharpness:.3g} (asked for {asked}: "
         f"{calibration.solution.reason}), level {before.level:.3g} → {after.level:.3g}, "
         f"loss {before.loss:.3g} → {after.loss:.3g}",
@@ -117,20 +160,63 @@ def _summary(calibration: Calibration) -> list[str]:
         f"{len(calibration.solution.points)} probes, {calibration.passes:.0f} gradient passes of "
         f"{calibration.samples} samples",
     ]
+
+
+def _warnings(calibration: Calibration) -> list[str]:
+    after, solution, scales = calibration.after, calibration.solution, calibration.scales
+    lines = []
+    if not solution.met:
+        lines.append(f"the budget was not met: {solution.reason}")
+    for what, bound in (("smallest", min), ("largest", max)):
+        edge = bound(calibration.bounds)
+        held = [name for name, scale in scales.items() if math.isclose(scale, edge, rel_tol=1e-3)]
+        if held:
+            lines.append(f"at the {what} scale, {edge:g}: {', '.join(held)}")
     for kind, shares in (("dead", 0), ("saturated", 1)):
         found = {name: units[shares] for name, units in after.units.items() if units[shares] > 0}
         if found:
             lines.append(f"{kind} units: " + ", ".join(f"{share:.0%} of {name}" for name, share in found.items()))
+    whole = _sum(after.curvature.values())
+    faint = [name for name in scales if after.curvature[name] < VANISHED * whole]
+    if faint:
+        lines.append(f"vanished signal, less than {VANISHED:g} of all curvature: {', '.join(faint)}")
     return lines
+
+
+def _plot(calibration: Calibration, rows: Sequence[Row]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(12, 1.8 + 0.22 * len(rows)), layout="constrained")
+    FigureCanvasAgg(made)
+    std, curvature, probes = made.subplots(1, 3)
+    places = range(len(rows))
+    pairs = (
+        (std, "std of the weights", [row.std / row.scale for row in rows], [row.std for row in rows]),
+        (curvature, "layer curvature", [row.curvature_before for row in rows], [row.curvature for row in rows]),
+    )
+    for axes, title, before, after in pairs:
+        axes.hlines(places, before, after, color="0.7")
+        axes.plot(before, places, "o", color="0.5", markerfacecolor="white", label="before")
+        axes.plot(after, places, "o", color="#D55E00", label="after")
+        axes.set(xscale="log", title=title)
+        axes.set_yticks(places, [row.name for row in rows] if axes is std else [])
+        axes.invert_yaxis()
+    std.legend(frameon=False)
+    points = calibration.solution.points
+    steps = range(1, len(points) + 1)
+    low, high = calibration.budget
+    probes.axhspan(0.98 * low, 1.02 * high, color="#0072B2", alpha=0.12)
+    probes.plot(steps, [p.sharpness for p in points], "o-", color="#0072B2", label="step sharpness ρ (band: asked for)")
+    probes.plot(steps, [p.level for p in points], "s--", color="#009E73", label="level r")
+    probes.set(yscale="log", xlabel="probe", title=calibration.solution.reason)
+    probes.set_xticks(steps)
+    probes.legend(frameon=False)
+    return made
 
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
-
-
-def _calibrated_cells(row: Row) -> list[str]:
-    change = "" if math.isnan(row.curvature) else f"{row.curvature_before:.3g} → {row.curvature:.3g}"
-    return ["" if math.isnan(row.scale) else f"{row.scale:.3g}", change]
 
 
 def _cells(row: Row) -> list[str]:

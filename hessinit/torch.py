@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from hessinit import rules
 from hessinit.draw import draw, stream
 from hessinit.layout import Layout
+from hessinit.model import init_
 from hessinit.networks.torch import draw_seed, numpy_nonlinearity
+from hessinit.report import Report
 
 __all__ = [
     "Layout",
@@ -25,6 +27,7 @@ __all__ = [
     "hessian_orthogonal_",
     "hessian_truncated_normal_",
     "hessian_uniform_",
+    "lightning_callback",
 ]
 
 Nonlinearity = str | Callable[[Any], Any]
@@ -181,3 +184,42 @@ def hessian_orthogonal_(
         True
     """
     return _fill_("hessian_orthogonal_", "orthogonal", tensor, nonlinearity, gain, layout, generator, depth)
+
+
+def lightning_callback(loss: Any, **options: Any) -> Any:
+    """A callback for a Lightning ``Trainer`` that calls :func:`hessinit.init_` before the first step.
+
+    The module is set for its optimizer on the first batches of the train loader. A fit that goes on from a checkpoint
+    leaves the weights as they are.
+
+    Args:
+        loss: as for :func:`hessinit.init_`.
+        options: its other keywords; ``forward`` for batches that are no pair (inputs, targets).
+
+    Returns:
+        A ``lightning.pytorch.Callback``; once the fit has begun, ``callback.report`` is a :class:`hessinit.Report`.
+
+    Raises:
+        ImportError: neither ``lightning`` nor ``pytorch_lightning`` is installed.
+        ValueError: when the fit begins, of several optimizers or processes; call ``init_`` beforehand.
+    """
+    try:
+        from lightning import pytorch as lightning
+    except ImportError:
+        import pytorch_lightning as lightning
+
+    class InitCallback(lightning.Callback):  # type: ignore[misc]
+        report: Report | None = None
+
+        def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+            if trainer.global_step > 0:
+                return
+            for name, count in (("optimizers", len(trainer.optimizers)), ("world_size", trainer.world_size)):
+                if count != 1:
+                    raise ValueError(
+                        f"lightning_callback: {name} of the trainer must be one; got {count}. Call init_ beforehand."
+                    )
+            loader, optimizer = trainer.train_dataloader, trainer.optimizers[0]
+            _, self.report = init_(pl_module, loader, loss, optimizer=optimizer, return_report=True, **options)
+
+    return InitCallback()

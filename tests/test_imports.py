@@ -28,8 +28,8 @@ ROWS = [
     {"torch", "keras"},
     {""},  # the package itself: lazy names
     {"experiments"},
-    {"experiments.data", "experiments.models"},
-    {"experiments.baselines", "experiments.make_mini"},
+    {"experiments.data"},
+    {"experiments.baselines", "experiments.make_mini", "experiments.models"},
     {"experiments.training", "experiments.plots"},
     {"experiments.kappa"},
     {"experiments.sweep"},

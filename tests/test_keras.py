@@ -1,4 +1,4 @@
-"""Runs ``keras_checks.py`` and ``keras_curvature_checks.py`` once a backend, each in its own process.
+"""Runs the files in ``CHECKS`` once a backend, in a process of its own.
 
 Keras picks its backend at import.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CHECKS = ["tests/keras_checks.py", "tests/keras_curvature_checks.py"]
+CHECKS = ["tests/keras_checks.py", "tests/keras_curvature_checks.py", "tests/keras_budget_checks.py"]
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])

@@ -36,7 +36,7 @@ def test_its_options_are_those_of_the_command():
     from hessinit.experiments.cli import compare
 
     options = {f"--{name.replace('_', '-')}" for name in compare.__annotations__ if name != "return"}
-    assert set(listed) == options - {"--problem", "--optimizer"}
+    assert set(listed) == options
 
 
 def test_its_links_lead_somewhere():

@@ -1,12 +1,13 @@
 """The initializers under comparison, each by the framework's own implementation where it has one.
 
-A PyTorch initializer is a function of a model (an ``nn.Sequential`` of Linear layers and activations), the activation's
-name and a generator; a Keras one gives the kernel initializer of layer k.
+A PyTorch initializer is a function of a model as its constructor left it, the activation's name and a generator; a
+Keras one gives the kernel initializer of layer k. The rules of others are for linear and convolutional layers: what
+else a model has keeps what its constructor drew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,22 @@ class Initializer:
         source: where it is from.
         torch: initialises a PyTorch model in place; None where the framework has no such thing.
         keras: kernel initializer of a Keras layer from (layer index k, activation, depth, seed); None likewise.
+        fits_step: whether :func:`hessinit.init_` then fits the model to its loss and optimizer.
     """
 
     label: str
     source: str
     torch: TorchInit | None
     keras: KerasInit | None
+    fits_step: bool = False
+
+
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The linear and convolutional layers and the packed projections of attention, in order."""
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+
+    return (m for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd, nn.MultiheadAttention)))
 
 
 def _each_layer(fill: Callable[[torch.Tensor, int, str, torch.Generator], object]) -> TorchInit:
@@ -41,20 +52,18 @@ def _each_layer(fill: Callable[[torch.Tensor, int, str, torch.Generator], object
     def initialise(model: nn.Module, activation: str, generator: torch.Generator) -> None:
         from torch import nn
 
-        for k, layer in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
-            fill(layer.weight, k, activation, generator)
-            nn.init.zeros_(layer.bias)
+        for k, layer in enumerate(layers_of(model)):
+            for parameter in layer.parameters(recurse=False):
+                if parameter.ndim > 1:
+                    fill(parameter, k, activation, generator)
+                else:
+                    nn.init.zeros_(parameter)
 
     return initialise
 
 
 def _torch_default(model: nn.Module, activation: str, generator: torch.Generator) -> None:
-    """What ``nn.Linear.reset_parameters`` draws, from our generator: uniform on ±1/sqrt(fan_in), biases too."""
-    from torch import nn
-
-    for layer in (m for m in model.modules() if isinstance(m, nn.Linear)):
-        nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
-        nn.init.uniform_(layer.bias, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=generator)
+    """Leaves what the constructor drew."""
 
 
 def _closed_form(model: nn.Module, activation: str, generator: torch.Generator) -> None:
@@ -75,7 +84,7 @@ def _torch_init(name: str, **keywords: Any) -> TorchInit:
 def _lecun(weight: torch.Tensor, k: int, activation: str, generator: torch.Generator) -> None:
     from torch import nn
 
-    nn.init.normal_(weight, std=weight.shape[1] ** -0.5, generator=generator)
+    nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
 
 
 def _slides(weight: torch.Tensor, k: int, activation: str, generator: torch.Generator) -> None:
@@ -149,9 +158,10 @@ INITIALIZERS: dict[str, Initializer] = {
     ),
     "slides": Initializer("slides' 0.3", "Skorski, 2021", _each_layer(_slides), _keras_slides),
     "closed_form": Initializer("closed form", "this package", _closed_form, _keras_closed_form),
+    "budget": Initializer("budget", "this package", _closed_form, _keras_closed_form, fits_step=True),
 }
 
-# The five rows of the slides' Figure 4 (the last one truly ReLU), torch's default, and the closed form.
+# The five rows of the slides' Figure 4 (the last one truly ReLU), torch's default, the closed form and the budget.
 DEFAULT_ROWS = (
     ("slides", "relu"),
     ("he_normal", "relu"),
@@ -161,4 +171,6 @@ DEFAULT_ROWS = (
     ("torch_default", "relu"),
     ("closed_form", "relu"),
     ("closed_form", "tanh"),
+    ("budget", "relu"),
+    ("budget", "tanh"),
 )

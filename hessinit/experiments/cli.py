@@ -32,8 +32,14 @@ def compare(
         typer.Option(help="Comma-separated names; default: the rows of the slides' Figure 4 and the closed form."),
     ] = None,
     activation: Annotated[str | None, typer.Option(help="relu, tanh, gelu or silu, comma-separated.")] = None,
-    problem: Annotated[str, typer.Option(help="mlp: 784-128-84-10.")] = "mlp",
-    optimizer: Annotated[str, typer.Option(help="sgd.")] = "sgd",
+    problem: Annotated[
+        str,
+        typer.Option(
+            help="mlp (784-128-84-10), mlp6, mlp12, mlp30, mlp50, mlp_wide, lenet, resnet_bn, resnet, vit, "
+            "charlm, digits or friedman."
+        ),
+    ] = "mlp",
+    optimizer: Annotated[str, typer.Option(help="sgd, momentum (0.9), adam or adamw.")] = "sgd",
     lr: Annotated[str, typer.Option(help="Learning rates, comma-separated.")] = "0.01",
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
     epochs: Annotated[int, typer.Option(help="Passes over the train set.")] = 2,
@@ -41,7 +47,8 @@ def compare(
     dataset: Annotated[
         str,
         typer.Option(
-            help="auto (the full set if on disk, else the subset), fashion_mnist, fashion_mnist_mini, an .npz file."
+            help="auto (the problem's own; of images the full set if on disk, else the subset), fashion_mnist, "
+            "fashion_mnist_mini, digits, friedman, topics, or an .npz file."
         ),
     ] = "auto",
     framework: Annotated[str, typer.Option(help="torch or keras (backend: KERAS_BACKEND).")] = "torch",
@@ -69,6 +76,7 @@ def compare(
 
     from hessinit.experiments import data, plots
     from hessinit.experiments.kappa import medians
+    from hessinit.experiments.models import IMAGES, PROBLEMS
     from hessinit.experiments.sweep import Plan, Store, redraw, rows_of, summaries, sweep
 
     if jobs < 1:
@@ -85,9 +93,10 @@ def compare(
         redraws=redraws,
     )
     store = Store(out)
-    loaded = data.load(dataset)
+    own = PROBLEMS[problem].dataset
+    loaded = data.load(own if dataset == "auto" and own != IMAGES else dataset)
     console = Console()
-    size = f"{len(loaded.x_train):,} train and {len(loaded.x_test):,} test images"
+    size = f"{len(loaded.x_train):,} train and {len(loaded.x_test):,} test samples"
     console.print(f"{loaded.name} from {loaded.source}: {size}", highlight=False)
     total = len(list(plan.runs(loaded.name)))
     done = len(store.rows_for(plan.runs(loaded.name)))
@@ -112,7 +121,7 @@ def compare(
             redraw(plan, loaded, store, jobs, lambda group: bar.advance(second, len(group)))
     kappas = store.kappas_for(plan.draws(loaded.name))
     console.print(_table(summaries(store.rows_for(runs)), medians(kappas)))
-    title = f"784-128-84-10 on {loaded.name}, {optimizer}, {framework}"
+    title = f"{PROBLEMS[problem].title} on {loaded.name}, {optimizer}, {framework}"
     plots.comparison(store.points_for(runs), kappas, out / "curves.png", title)
     names = ["runs.csv", "curves.csv", *(["curvature.csv"] if redraws else []), "curves.png"]
     console.print(f"Wrote {', '.join(names)} to {out}", highlight=False)
@@ -138,7 +147,7 @@ def _table(lines: list[Summary], kappas: Mapping[tuple[str, str], Sequence[float
     for line in lines:
         table.add_row(
             f"{INITIALIZERS[line.initializer].label}, {line.activation}",
-            *([as_text(kappas[line.initializer, line.activation])] if kappas else []),
+            *([as_text(kappas.get((line.initializer, line.activation), [])) or "–"] if kappas else []),
             f"{line.lr:g}",
             f"{line.train_loss[0]:.3f} ± {line.train_loss[1]:.3f}",
             f"{line.test_accuracy[0]:.3f}",

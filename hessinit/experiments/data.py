@@ -1,4 +1,4 @@
-"""FashionMNIST, whole or as the small real subset that ships with the package."""
+"""FashionMNIST, whole or as the small real subset that ships with the package, and three sets without a download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CLASSES = 10
 FOLDER_VARIABLE = "HESSINIT_DATA"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 MINI = Path(__file__).with_name("fashion_mnist_mini.npz")
-NAMES = ("auto", "fashion_mnist", "fashion_mnist_mini")
+NAMES = ("auto", "fashion_mnist", "fashion_mnist_mini")  # of images; SMALL has the others
+CHARACTERS = 32  # a text
 
 # IDX files with the shapes and the SHA-256 of their uncompressed bytes (Xiao, Rasul, Vollgraf 2017).
 FILES = {
@@ -32,23 +33,31 @@ Raw = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[An
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images as float32 rows with the per-pixel mean of the train images subtracted, labels as int64.
+    """Inputs as rows: float32 with the mean of the train rows subtracted, or characters as int64.
 
     Args:
         name: what was loaded.
         source: where from.
-        x_train: shape (N, pixels).
-        y_train: shape (N,), labels 0 … 9.
-        x_test: shape (M, pixels).
-        y_test: shape (M,).
+        x_train: shape (N, pixels), (N, features) or (N, characters).
+        y_train: labels 0 … outputs - 1, int64 of shape (N,), or (N, characters) for texts; numbers, float32 of shape
+            (N, outputs), for regression.
+        x_test: as x_train, M rows.
+        y_test: as y_train, M rows.
+        outputs: of a net for it.
     """
 
     name: str
     source: str
-    x_train: npt.NDArray[np.float32]
-    y_train: npt.NDArray[np.int64]
-    x_test: npt.NDArray[np.float32]
-    y_test: npt.NDArray[np.int64]
+    x_train: npt.NDArray[Any]
+    y_train: npt.NDArray[Any]
+    x_test: npt.NDArray[Any]
+    y_test: npt.NDArray[Any]
+    outputs: int = CLASSES
+
+    @property
+    def loss(self) -> str:
+        """``"cross_entropy"`` or, for regression, ``"mse"``."""
+        return "mse" if np.issubdtype(self.y_train.dtype, np.floating) else "cross_entropy"
 
 
 def load(name: str = "auto") -> Dataset:
@@ -59,7 +68,9 @@ def load(name: str = "auto") -> Dataset:
             dataset-fashion-mnist, Keras's cache, or a download through ``keras.datasets``, in this order.
             ``"fashion_mnist_mini"``: 6,000 train and 1,000 test images of it, class-balanced, shipped with the package.
             ``"auto"``: the full set where it is on disk, else the subset. Or the path of an ``.npz`` file with arrays
-            ``x_train, y_train, x_test, y_test``, pixels from 0 to 255.
+            ``x_train, y_train, x_test, y_test``, pixels from 0 to 255. ``"digits"``: scikit-learn's 8×8 images;
+            ``"friedman"``: its regression set ``make_friedman1`` of 4,000 + 1,000 samples, ten features; ``"topics"``:
+            texts of 32 characters from the help pages that ship with Python.
 
     Raises:
         ValueError: unknown name; data that is not finite, has other shapes, a wrong checksum, or labels outside 0 … 9.
@@ -74,7 +85,11 @@ def load(name: str = "auto") -> Dataset:
         return _preprocess(name, read_npz(MINI), "the package")
     if name.endswith(".npz"):
         return _preprocess(Path(name).stem, read_npz(Path(name)), name)
-    raise ValueError(f"load: dataset must be one of {', '.join(NAMES)}, or the path of an .npz file; got {name!r}.")
+    if name in SMALL:
+        return SMALL[name]()
+    raise ValueError(
+        f"load: dataset must be one of {', '.join([*NAMES, *SMALL])}, or the path of an .npz file; got {name!r}."
+    )
 
 
 def _full() -> tuple[Raw, str]:
@@ -150,3 +165,39 @@ def _preprocess(name: str, raw: Raw, source: str) -> Dataset:
     flat_train, flat_test = (x.reshape(len(x), -1).astype(np.float32) / np.float32(255) for x in (x_train, x_test))
     mean = flat_train.mean(axis=0, dtype=np.float64).astype(np.float32)
     return Dataset(name, source, flat_train - mean, y_train.astype(np.int64), flat_test - mean, y_test.astype(np.int64))
+
+
+def _digits() -> Dataset:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    rows = np.random.default_rng(0).permutation(len(x))
+    x, y = x[rows].astype(np.float32) / np.float32(16), y[rows].astype(np.int64)
+    x -= x[:1437].mean(axis=0)
+    return Dataset("digits", "scikit-learn", x[:1437], y[:1437], x[1437:], y[1437:])
+
+
+def _friedman() -> Dataset:
+    """Friedman (1991), with features and targets of mean 0 and variance 1."""
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(5000, 10, noise=0.5, random_state=0)
+    x, y = (x - 0.5) * 12**0.5, (y - y[:4000].mean()) / y[:4000].std()
+    x, y = x.astype(np.float32), y.astype(np.float32)[:, None]
+    return Dataset("friedman", "scikit-learn", x[:4000], y[:4000], x[4000:], y[4000:], outputs=1)
+
+
+def _topics() -> Dataset:
+    """Every character's label is the next one; the last tenth of the texts is the test set."""
+    from pydoc_data.topics import topics
+
+    text = " ".join(topics[key] for key in sorted(topics))
+    characters = sorted(set(text))
+    codes = np.searchsorted(characters, list(text)).astype(np.int64)
+    count = (len(codes) - 1) // CHARACTERS
+    x, y = (codes[start : start + count * CHARACTERS].reshape(count, CHARACTERS) for start in (0, 1))
+    last = count - count // 10
+    return Dataset("topics", "pydoc_data", x[:last], y[:last], x[last:], y[last:], outputs=len(characters))
+
+
+SMALL = {"digits": _digits, "friedman": _friedman, "topics": _topics}

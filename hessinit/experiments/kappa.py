@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from hessinit import curvature
 from hessinit.experiments import baselines, models
 from hessinit.experiments.data import Dataset
-from hessinit.experiments.training import one_thread, widths
+from hessinit.experiments.training import one_thread, torch_net
 
 IMAGES = 100
+WEIGHTS = "*weight"
 FIRST_SEED = 1_000_000  # of redraws, so that no training run starts from one; weights follow from it as in training
 
 
@@ -67,16 +68,11 @@ def as_text(kappas: Sequence[float]) -> str:
 def _torch_kappas(redraws: Sequence[Redraw], data: Dataset) -> Iterator[curvature.Values]:
     import torch
 
-    one = redraws[0]
-    initialise = baselines.INITIALIZERS[one.initializer].torch
-    assert initialise is not None  # checked when the sweep is planned
-    with torch.random.fork_rng(devices=[]):
-        model = models.torch_mlp(widths(one.problem, data), one.activation)
     batch = torch.from_numpy(data.x_train[:IMAGES]), torch.from_numpy(data.y_train[:IMAGES])
     with one_thread():
         for redraw in redraws:
-            initialise(model, one.activation, torch.Generator().manual_seed(FIRST_SEED + redraw.seed))
-            yield curvature.rayleigh(model, batch, "cross_entropy", params="*.weight", progress=False)
+            model = torch_net(redraw.problem, data, redraw.initializer, redraw.activation, FIRST_SEED + redraw.seed)
+            yield curvature.rayleigh(model, batch, data.loss, params=WEIGHTS, progress=False)
 
 
 def _keras_kappas(redraws: Sequence[Redraw], data: Dataset) -> Iterator[curvature.Values]:
@@ -84,7 +80,7 @@ def _keras_kappas(redraws: Sequence[Redraw], data: Dataset) -> Iterator[curvatur
     one = redraws[0]
     make = baselines.INITIALIZERS[one.initializer].keras
     assert make is not None  # checked when the sweep is planned
-    sizes = widths(one.problem, data)
+    sizes = models.PROBLEMS[one.problem].widths(data)
     depth = len(sizes) - 1
     model = models.keras_mlp(sizes, one.activation, ["zeros"] * depth)
     batch = data.x_train[:IMAGES], data.y_train[:IMAGES]
@@ -93,4 +89,4 @@ def _keras_kappas(redraws: Sequence[Redraw], data: Dataset) -> Iterator[curvatur
             for k, layer in enumerate(model.layers):  # what building the model anew would draw
                 initializer = make(k, one.activation, depth, 1000 * (FIRST_SEED + redraw.seed))
                 layer.kernel.assign(initializer(layer.kernel.shape, layer.kernel.dtype))
-            yield curvature.rayleigh(model, batch, "cross_entropy", params="*/kernel", progress=False)
+            yield curvature.rayleigh(model, batch, data.loss, params="*/kernel", progress=False)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # Okabe & Ito (2008), readable by the colour-blind.
 COLOURS = {
+    "budget": "#000000",
     "closed_form": "#D55E00",
     "slides": "#E69F00",
     "he_normal": "#0072B2",
@@ -78,6 +79,8 @@ def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]
                 kappa for kappa in kappas if (kappa["initializer"], kappa["activation"]) == (initializer, activation)
             ]
             _densities(row[0], own, colour)
+            if not own:
+                row[0].text(0.5, 0.5, "fits the step", transform=row[0].transAxes, ha="center", color="0.5")
             row[0].set(xscale="log", ylabel="density", ylim=(0, None))
         for panel, lr in zip(row[first:], lrs, strict=True):
             for other in curves.values():

@@ -24,7 +24,7 @@ CURVE_COLUMNS = [*KEYS, "step", "loss"]
 REDRAW_KEYS = [field.name for field in fields(Redraw)]
 KAPPA_COLUMNS = [*REDRAW_KEYS, "layer", "kappa"]
 FRAMEWORKS = ("torch", "keras")
-OPTIMIZERS = ("sgd",)
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 
 Kappas = list[list[float]]
 Task = TypeVar("Task")
@@ -41,14 +41,15 @@ class Plan:
         seeds: seeds 0 … seeds - 1.
         epochs: passes over the train set.
         batch_size: samples a step.
-        problem: a key of ``models.HIDDEN``.
+        problem: a key of ``models.PROBLEMS``.
         optimizer: one of ``OPTIMIZERS``.
         framework: one of ``FRAMEWORKS``.
-        redraws: of the initial weights of each row, for κ; 0 for none.
+        redraws: of the initial weights of each row, for κ; 0 for none. A row that fits the step has no weights without
+            one, and no κ.
 
     Raises:
-        ValueError: an unknown name, a learning rate or a count that is not positive, negative redraws, or an
-            initializer that the framework does not have.
+        ValueError: an unknown name, a learning rate or a count that is not positive, negative redraws, an activation
+            that the problem does not have, or an initializer or problem that the framework does not have.
     """
 
     rows: Sequence[tuple[str, str]] = DEFAULT_ROWS
@@ -62,17 +63,20 @@ class Plan:
     redraws: int = 100
 
     def __post_init__(self) -> None:
-        _one_of("problem", self.problem, models.HIDDEN)
+        _one_of("problem", self.problem, models.PROBLEMS)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("framework", self.framework, FRAMEWORKS)
         for initializer, activation in self.rows:
             _one_of("initializers", initializer, INITIALIZERS)
-            _one_of("activation", activation, models.ACTIVATIONS)
+            _one_of("activation", activation, models.PROBLEMS[self.problem].activations)
             if getattr(INITIALIZERS[initializer], self.framework) is None:
                 have = [name for name, one in INITIALIZERS.items() if getattr(one, self.framework) is not None]
                 raise ValueError(
                     f"compare: initializers must be of {self.framework}: {', '.join(have)}; got {initializer!r}."
                 )
+        if self.framework == "keras" and models.PROBLEMS[self.problem].hidden is None:
+            plain = [name for name, one in models.PROBLEMS.items() if one.hidden is not None]
+            raise ValueError(f"compare: problem must be of keras: {', '.join(plain)}; got {self.problem!r}.")
         for lr in self.lrs:
             if not (math.isfinite(lr) and lr > 0):
                 raise ValueError(f"compare: lr must be finite and greater than 0; got {lr!r}.")
@@ -100,7 +104,12 @@ class Plan:
 
     def draws(self, dataset: str) -> Iterator[Redraw]:
         """Every redraw, row by row."""
-        for (initializer, activation), seed in itertools.product(self.rows, range(self.redraws)):
+        rows = [
+            (initializer, activation)
+            for initializer, activation in self.rows
+            if not INITIALIZERS[initializer].fits_step
+        ]
+        for (initializer, activation), seed in itertools.product(rows, range(self.redraws)):
             yield Redraw(self.problem, self.framework, dataset, initializer, activation, seed)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hessinit.experiments import baselines, models
-from hessinit.experiments.data import CLASSES, Dataset
+from hessinit.experiments.data import Dataset
 
 EVERY = 20  # steps between points of a curve; a point is the mean loss of the batches since the last
 
@@ -41,10 +41,10 @@ class Result:
     """What came out.
 
     Args:
-        train_loss: mean cross-entropy over the whole train set, after training.
+        train_loss: mean over the whole train set, after training: cross-entropy, or mean squared error.
         last_fifth_loss: mean loss of the batches of the last fifth of the last epoch.
-        test_accuracy: after training.
-        init_seconds: time of the initialization, part of ``seconds``.
+        test_accuracy: after training: share of right labels, or of the targets' variance that is explained.
+        init_seconds: time of building and initialising the net, part of ``seconds``.
         seconds: initialization and training.
         status: "ok", or "diverged at step N"; training stops there, or at the end of that epoch.
         curve: (step, mean loss since the last point).
@@ -65,14 +65,28 @@ class Result:
         return row
 
 
-def train(run: Run, data: Dataset) -> Result:
-    """Trains one net: plain SGD, batches reshuffled each epoch from the run's seed, the last short one kept."""
-    return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, data)
+def train(run: Run, data: Dataset, **calibration: Any) -> Result:
+    """Trains one net: batches reshuffled each epoch from the run's seed, the last short one kept.
+
+    Args:
+        run: what to train.
+        data: on what.
+        calibration: keywords of :func:`hessinit.init_` for an initializer that fits the step.
+    """
+    return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, data, calibration)
 
 
-def widths(problem: str, data: Dataset) -> list[int]:
-    """Of the net: pixels, hidden layers, classes."""
-    return [data.x_train.shape[1], *models.HIDDEN[problem], CLASSES]
+def torch_net(problem: str, data: Dataset, initializer: str, activation: str, seed: int) -> Any:
+    """A net of a problem with its initial weights, before any fit to the step; the seed decides all of them."""
+    import torch
+
+    initialise = baselines.INITIALIZERS[initializer].torch
+    assert initialise is not None  # checked when the sweep is planned
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = models.PROBLEMS[problem].torch(data, activation)
+    initialise(model, activation, torch.Generator().manual_seed(seed))
+    return model
 
 
 @contextlib.contextmanager
@@ -104,29 +118,34 @@ def _summary(losses: np.ndarray[Any, Any], run: Run, samples: int) -> tuple[floa
     return last, tuple((end, float(losses[max(end - EVERY, 0) : end].mean())) for end in ends)
 
 
-def _train_torch(run: Run, data: Dataset) -> Result:
+def _train_torch(run: Run, data: Dataset, calibration: dict[str, Any]) -> Result:
     import torch
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import cross_entropy, mse_loss
+
+    import hessinit
 
     for module in ("hessinit.model", "hessinit.networks.torch"):
         importlib.import_module(module)  # so that the first run's init_seconds hold no import
     x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
-    initialise = baselines.INITIALIZERS[run.initializer].torch
-    assert initialise is not None  # checked when the sweep is planned
+
+    def loss_of(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if data.loss == "mse":
+            return mse_loss(outputs, targets)
+        return cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
     with one_thread():
         start = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            model = models.torch_mlp(widths(run.problem, data), run.activation)
-        start_init = time.perf_counter()
-        initialise(model, run.activation, torch.Generator().manual_seed(run.seed))
-        init_seconds = time.perf_counter() - start_init
-        optimizer = torch.optim.SGD(model.parameters(), lr=run.lr)
+        model = torch_net(run.problem, data, run.initializer, run.activation, run.seed)
+        optimizer = _torch_optimizer(run, model)
+        if baselines.INITIALIZERS[run.initializer].fits_step:
+            hessinit.init_(model, (x, y), data.loss, optimizer=optimizer, seed=run.seed, progress=False, **calibration)
+        init_seconds = time.perf_counter() - start
         steps = []
         status = "ok"
         for order in _orders(run, len(x)):
             for batch in torch.from_numpy(order).split(run.batch_size):
                 optimizer.zero_grad()
-                loss = cross_entropy(model(x[batch]), y[batch])
+                loss = loss_of(model(x[batch]), y[batch])
                 loss.backward()
                 optimizer.step()
                 steps.append(loss.detach())
@@ -136,15 +155,49 @@ def _train_torch(run: Run, data: Dataset) -> Result:
         seconds = time.perf_counter() - start
         model.eval()
         with torch.no_grad():
-            train_loss = float(cross_entropy(model(x), y))
-            correct = model(torch.from_numpy(data.x_test)).argmax(1) == torch.from_numpy(data.y_test)
+            train_loss = float(loss_of(_outputs(model, x), y))
+            outputs, targets = _outputs(model, torch.from_numpy(data.x_test)), torch.from_numpy(data.y_test)
+            if data.loss == "mse":
+                accuracy = 1 - float(mse_loss(outputs, targets) / targets.var())
+            else:
+                accuracy = float((outputs.argmax(-1) == targets).float().mean())
     last_fifth, curve = _summary(torch.stack(steps).numpy(), run, len(x))
-    return Result(train_loss, last_fifth, float(correct.float().mean()), init_seconds, seconds, status, curve)
+    return Result(train_loss, last_fifth, accuracy, init_seconds, seconds, status, curve)
 
 
-def _train_keras(run: Run, data: Dataset) -> Result:
+def _outputs(model: Any, x: Any) -> Any:
+    """Of a large batch, in parts, so that they stay in the cache."""
+    import torch
+
+    return torch.cat([model(part) for part in x.split(1000)])
+
+
+def _torch_optimizer(run: Run, model: Any) -> Any:
+    """As a user would write it: defaults, momentum 0.9."""
+    from torch import optim
+
+    kind, keywords = {
+        "sgd": (optim.SGD, {}),
+        "momentum": (optim.SGD, {"momentum": 0.9}),
+        "adam": (optim.Adam, {}),
+        "adamw": (optim.AdamW, {}),
+    }[run.optimizer]
+    return kind(model.parameters(), lr=run.lr, **keywords)
+
+
+def _keras_optimizer(run: Run) -> Any:
+    from keras import optimizers
+
+    if run.optimizer in ("sgd", "momentum"):
+        return optimizers.SGD(run.lr, momentum=0.9 if run.optimizer == "momentum" else 0.0)
+    return {"adam": optimizers.Adam, "adamw": optimizers.AdamW}[run.optimizer](run.lr)
+
+
+def _train_keras(run: Run, data: Dataset, calibration: dict[str, Any]) -> Result:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
+
+    import hessinit
 
     class Losses(keras.callbacks.Callback):
         """One loss a step, from Keras's running mean over the epoch."""
@@ -161,16 +214,23 @@ def _train_keras(run: Run, data: Dataset) -> Result:
                 self.model.stop_training = True
 
     steps: list[float] = []
-    sizes = widths(run.problem, data)
-    make = baselines.INITIALIZERS[run.initializer].keras
+    sizes = models.PROBLEMS[run.problem].widths(data)
+    initializer = baselines.INITIALIZERS[run.initializer]
+    make = initializer.keras
     assert make is not None  # checked when the sweep is planned
     start = time.perf_counter()
     depth = len(sizes) - 1
-    initializers = [make(k, run.activation, depth, 1000 * run.seed) for k in range(depth)]
-    model = models.keras_mlp(sizes, run.activation, initializers)
+    model = models.keras_mlp(
+        sizes, run.activation, [make(k, run.activation, depth, 1000 * run.seed) for k in range(depth)]
+    )
+    if data.loss == "mse":
+        loss, metric = keras.losses.MeanSquaredError(), "r2_score"
+    else:
+        loss, metric = keras.losses.SparseCategoricalCrossentropy(from_logits=True), "accuracy"
+    model.compile(_keras_optimizer(run), loss, metrics=[metric])
+    if initializer.fits_step:
+        hessinit.init_(model, (data.x_train, data.y_train), seed=run.seed, progress=False, **calibration)
     init_seconds = time.perf_counter() - start
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(run.lr), loss, metrics=["accuracy"])
     recorder = Losses()
     status = "ok"
     for order in _orders(run, len(data.x_train)):

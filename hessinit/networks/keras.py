@@ -24,6 +24,7 @@ from hessinit.rules import ACTIVATIONS
 
 Array = npt.NDArray[np.floating[Any]]
 GATES = {"LSTMCell": 4, "GRUCell": 3, "SimpleRNNCell": 1, "ConvLSTMCell": 4}
+PARTS = 16  # of a batch, for models built for one batch size
 _CONV = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _CONV_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
@@ -73,6 +74,7 @@ class KerasNetwork:
         self._variables: dict[str, Any] = {}
         self.arrays, self.derivatives = of_backend()
         self._training = True
+        self._peaks: dict[int, float] = {}
 
     def prepare(self, inputs: Any, function: str) -> None:
         if self.model.built and self.model.weights:
@@ -82,7 +84,7 @@ class KerasNetwork:
                 f"{function}: model {self.model.name!r} must be built; got a model without weights. "
                 "Pass batch=, or call model.build(input_shape) first."
             )
-        self.model(keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x[:1]), inputs))
+        self.model(keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x[:64]), inputs))
 
     def parameters(self) -> Sequence[Parameter]:
         found: list[Parameter] = []
@@ -205,12 +207,14 @@ class KerasNetwork:
         own = {name: self._variables[name] for name in gradients[0]}
         placed = {id(own[name]): value for name, value in (values or {}).items() if name in own}
         variables = optimizer._trainable_variables if optimizer.built else list(own.values())
-        # Copies, and in float64 where the backend has it, so that nothing is rounded off.
-        starts = [np.array(keras.ops.convert_to_numpy(placed.get(id(v), v.value)), np.float64) for v in variables]
-        copies = [keras.Variable(x, dtype="float64", name=v.name) for x, v in zip(starts, variables, strict=True)]
+        wide = _widest_float()  # copies, in float64 where the backend has it, so that nothing is rounded off
+        starts = [np.array(keras.ops.convert_to_numpy(placed.get(id(v), v.value)), wide) for v in variables]
+        copies = [keras.Variable(x, dtype=wide, name=v.name) for x, v in zip(starts, variables, strict=True)]
         config = optimizer.get_config()
         if fresh:
-            config["learning_rate"] = _peak(optimizer)
+            if id(optimizer) not in self._peaks:  # a schedule is asked many times for it
+                self._peaks[id(optimizer)] = _peak(optimizer)
+            config["learning_rate"] = self._peaks[id(optimizer)]
         private = type(optimizer).from_config(config)
         private.build(copies)
         for new, old in (
@@ -221,7 +225,7 @@ class KerasNetwork:
         for gradient in gradients:
             held = {id(own[name]): g for name, g in gradient.items()}
             before = [keras.ops.copy(new.value) for new in copies]
-            private.apply([keras.ops.cast(held.get(id(v), zero(v.value)), "float64") for v in variables], copies)
+            private.apply([keras.ops.cast(held.get(id(v), zero(v.value)), wide) for v in variables], copies)
             moved = {id(v): new.value - old for v, new, old in zip(variables, copies, before, strict=True)}
             steps.append(
                 {n: keras.ops.cast(moved[id(v)], v.dtype) if id(v) in moved else zero(v.value) for n, v in own.items()}
@@ -248,13 +252,25 @@ def _torch_seeded(seed: int | None) -> Iterator[None]:
         yield
 
 
+def _widest_float() -> str:
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return str(jax.numpy.asarray(0.0).dtype)
+    return "float64"
+
+
 def _peak(optimizer: Any) -> float:
     """The learning rate, or the largest one of its schedule's first million steps."""
     rate = optimizer._learning_rate
     if not isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         return float(optimizer.learning_rate)
-    steps = np.unique(np.geomspace(1, 1e6, 200).astype(int)) - 1
-    return max(float(rate(int(step))) for step in steps)
+    steps = np.unique(np.geomspace(1, 1e6, 200).astype(np.int32)) - 1
+    if keras.backend.backend() == "jax":
+        import jax
+
+        rate = jax.jit(rate)  # else each call compiles it anew
+    return max(float(keras.ops.convert_to_numpy(rate(keras.ops.convert_to_tensor(step)))) for step in steps)
 
 
 def _kernels() -> contextlib.AbstractContextManager[Any]:
@@ -375,5 +391,12 @@ def _input_moment(inputs: list[Any], tensors: list[Any], given: list[State], dat
     """E x² of what the data has become where no weight has met it yet; None without data or for indices."""
     if data is None or any(s.pending or s.layers for s in given) or not keras.backend.is_float_dtype(tensors[0].dtype):
         return None
-    values = keras.Function(inputs, tensors[0])(keras.tree.flatten(data))
-    return float(np.mean(np.square(keras.ops.convert_to_numpy(values), dtype=np.float64)))
+    function, arrays = keras.Function(inputs, tensors[0]), keras.tree.flatten(data)
+    samples, size = arrays[0].shape[0], inputs[0].shape[0]
+    if size is None:
+        parts = [arrays]
+    else:  # Keras builds a Sequential for the size of the first batch it meets, and in parts of that size we go
+        starts = range(0, samples, size)[:PARTS]
+        parts = [[keras.ops.take(x, np.arange(i, i + size) % samples, axis=0) for x in arrays] for i in starts]
+    values = np.concatenate([keras.ops.convert_to_numpy(function(part)) for part in parts])[:samples]
+    return float(np.mean(np.square(values, dtype=np.float64)))

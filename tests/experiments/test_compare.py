@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ STATED = {
     "orthogonal_gain": lambda n, m, k: math.sqrt(2 / max(n, m)),
     "slides": lambda n, m, k: math.sqrt(2 / (n + m)) if k == 0 else 0.3 * 0.8796,
     "closed_form": lambda n, m, k: rules.curvature_neutral_std(n, m, rules.gain("relu")),
+    "budget": lambda n, m, k: rules.curvature_neutral_std(n, m, rules.gain("relu")),  # before the fit to the step
 }
 WIDTHS = [784, 128, 84, 10]
 
@@ -67,7 +69,7 @@ def test_keras_baselines_have_the_same_scale(name):
 
 
 def test_the_default_rows_are_those_of_the_slides_and_ours():
-    assert len(DEFAULT_ROWS) == 8
+    assert len(DEFAULT_ROWS) == 10
     assert ("orthogonal", "relu") in DEFAULT_ROWS
     assert {initializer for initializer, _ in DEFAULT_ROWS} <= set(INITIALIZERS)
 
@@ -96,6 +98,41 @@ def test_a_run_is_plain_sgd_with_reshuffled_batches():
     assert result.curve == ((20, pytest.approx(np.mean(losses), rel=1e-4)),)
     assert 0 < result.init_seconds < result.seconds
     assert 0.2 < result.test_accuracy <= 1
+
+
+@pytest.mark.parametrize("optimizer", sweep.OPTIMIZERS)
+@pytest.mark.parametrize("framework", sweep.FRAMEWORKS)
+def test_an_optimizer_takes_the_steps_of_its_formula(framework, optimizer):
+    """On inputs of zero the last bias alone is trained."""
+    x, y = np.zeros((4, 3), np.float32), np.array([0, 1, 1, 1])
+    zeros = data.Dataset("zeros", "here", x, y, x, y, outputs=2)
+    b, mean, square = np.zeros(2), np.zeros(2), np.zeros(2)
+    lr, decay = 0.3, {"torch": 0.01, "keras": 0.004}[framework] if optimizer == "adamw" else 0.0
+    for step in range(1, 4):
+        p = np.exp(b) / np.exp(b).sum()
+        g = p - [0.25, 0.75]
+        mean, square = 0.9 * mean + (g if optimizer == "momentum" else 0.1 * g), 0.999 * square + 0.001 * g**2
+        adam = mean / (1 - 0.9**step) / np.sqrt(square / (1 - 0.999**step))
+        b = b * (1 - lr * decay) - lr * {"sgd": g, "momentum": mean}.get(optimizer, adam)
+    result = training.train(run(framework=framework, optimizer=optimizer, lr=lr, epochs=3), zeros)
+    log_p = b - np.log(np.exp(b).sum())
+    assert result.train_loss == pytest.approx(-log_p @ [0.25, 0.75], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", models.PROBLEMS)
+def test_every_problem_trains_and_the_budget_fits_it(name):
+    """From more than 0.9 of the loss of a uniform guess, or of the mean, to less, in 40 steps of Adam."""
+    problem = models.PROBLEMS[name]
+    whole = MINI if problem.dataset == models.IMAGES else data.load(problem.dataset)
+    few = replace(whole, x_train=whole.x_train[:640], y_train=whole.y_train[:640], x_test=whole.x_test[:50])
+    few = replace(few, y_test=few.y_test[:50])
+    activation = problem.activations[0]
+    one = run(problem=name, initializer="budget", activation=activation, optimizer="adam", lr=1e-3, epochs=4)
+    result = training.train(one, few, max_scale=2.0)
+    guess = 1.0 if few.loss == "mse" else math.log(few.outputs)
+    assert result.status == "ok"
+    assert result.last_fifth_loss < 0.9 * guess
+    assert training.train(one, few, max_scale=2.0).last_fifth_loss == result.last_fifth_loss
 
 
 def test_runs_repeat_and_seeds_matter():
@@ -167,7 +204,7 @@ def redraws(seeds=(0,), **changed):
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_kappa_is_that_of_the_dense_approximate_hessian(activation, monkeypatch):
     """Of each weight alone, along its gradient, on the first 100 images."""
-    monkeypatch.setitem(models.HIDDEN, "mlp", (5, 4))
+    monkeypatch.setitem(models.PROBLEMS, "mlp", models.Problem("small", (5, 4)))
     few = data.Dataset("few", "here", MINI.x_train[:120, 300:308], MINI.y_train[:120], MINI.x_test, MINI.y_test)
     (found,) = kappa.measure(redraws([3], activation=activation), few)
     net = models.torch_mlp([8, 5, 4, 10], activation)
@@ -232,10 +269,15 @@ def test_summaries_are_means_and_sample_deviations():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rows": [("nope", "relu")]}, "initializers must be one of torch_default.*closed_form; got 'nope'"),
+        ({"rows": [("nope", "relu")]}, "initializers must be one of torch_default.*budget; got 'nope'"),
         ({"rows": [("he_normal", "nope")]}, "activation must be one of relu, tanh, gelu, silu; got 'nope'"),
-        ({"problem": "nope"}, "problem must be one of mlp; got 'nope'"),
-        ({"optimizer": "nope"}, "optimizer must be one of sgd"),
+        ({"problem": "nope"}, "problem must be one of mlp, .*friedman; got 'nope'"),
+        ({"problem": "vit", "rows": [("he_normal", "tanh")]}, "activation must be one of gelu, relu; got 'tanh'"),
+        (
+            {"framework": "keras", "problem": "lenet", "rows": [("he_normal", "relu")]},
+            "problem must be of keras: mlp, .*; got 'lenet'",
+        ),
+        ({"optimizer": "nope"}, "optimizer must be one of sgd, momentum, adam, adamw; got 'nope'"),
         ({"framework": "nope"}, "framework must be one of torch, keras"),
         ({"framework": "keras"}, "initializers must be of keras: keras_default.*; got 'torch_default'"),
         ({"lrs": [0.0]}, "lr must be finite and greater than 0; got 0.0"),
@@ -343,9 +385,9 @@ def test_keras_default_rows_run_through_the_command(tmp_path):
     arguments = ("compare", "--framework", "keras", "--dataset", str(tmp_path / "few.npz"), "--seeds", "1")
     done = command(*arguments, "--epochs", "1", "--redraws", "1", "--out", str(tmp_path / "out"), env=environment)
     assert done.returncode == 0, done.stderr
-    assert len(Store(tmp_path / "out").kappas) == 8 * 3
+    assert len(Store(tmp_path / "out").kappas) == 8 * 3  # none of the budget, which has no weights without a step
     with (tmp_path / "out" / "runs.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 8
+        assert len(list(csv.DictReader(file))) == 10
 
 
 @pytest.mark.parametrize(
