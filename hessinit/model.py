@@ -219,7 +219,8 @@ def init_(
         if base == CURRENT:
             values = {name: values[name] for name in weights}
     _write(network, values)
-    report = Report(tuple(rows[p.name] for p in parameters), seed, distribution, calibration)
+    drawn = distribution if base == CLOSED_FORM else None
+    report = Report(tuple(rows[p.name] for p in parameters), seed, drawn, calibration)
     return (model, report) if return_report else model
 
 

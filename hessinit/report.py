@@ -65,13 +65,13 @@ class Report:
     Args:
         rows: one a parameter.
         seed: that decided the draw.
-        distribution: of the draw.
+        distribution: of the draw; None where the weights there were scaled.
         calibration: of the budget, with every probe; None for the closed form.
     """
 
     rows: tuple[Row, ...]
     seed: int
-    distribution: str
+    distribution: str | None
     calibration: Calibration | None = None
 
     def __getitem__(self, name: str) -> Row:
@@ -105,7 +105,7 @@ class Report:
             path: of a file to write it to, in the format of its suffix. Default: none is written.
 
         Returns:
-            A ``matplotlib.figure.Figure``, which notebooks show.
+            A ``matplotlib.figure.Figure``, which notebooks show after ``%matplotlib inline``.
 
         Raises:
             ImportError: without matplotlib.
@@ -128,9 +128,8 @@ class Report:
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
         touched = sum(row.touched for row in self.rows)
         table.insert(1, "-" * len(table[0]))
-        table.append(
-            f"{touched} of {len(self.rows)} parameters set; distribution {self.distribution}, seed {self.seed}"
-        )
+        drawn = "" if self.distribution is None else f" distribution {self.distribution},"
+        table.append(f"{touched} of {len(self.rows)} parameters set;{drawn} seed {self.seed}")
         if self.calibration is not None:
             table += [*_summary(self.calibration), *(f"warning: {line}" for line in self.warnings)]
         return "\n".join(line.rstrip() for line in table)
