@@ -295,7 +295,7 @@ def step_sharpness(model: Any, batch: Any, loss: Any, optimizer_or_lr: Any, **op
         step = {name: -float(optimizer_or_lr) * g for name, g in gradient.items()}
     else:
         with objective.named_errors():
-            step = objective.network.updates(optimizer_or_lr, [gradient])[0]
+            step = next(objective.network.updates(optimizer_or_lr, [gradient]))
     gain = abs(sum(arrays.dot(gradient[name], step[name]) for name in names))
     value = Value(objective.quadratic_form(step) / gain if gain else float("nan"))
     value._exactness = lambda: Hessian(objective, names, names, exact=False).exactness

@@ -56,17 +56,19 @@ def optimizer_step(network: Network, optimizer: Any, gradient: Named, values: Na
     heavy-ball and Nesterov momentum.
     """
     dot = network.arrays.dot
-    steps = network.updates(optimizer, [gradient] * 3, values, fresh=True)
-    (twice,) = network.updates(optimizer, [{name: 2 * g for name, g in gradient.items()}], values, fresh=True)
-    growth = {}
-    for name, g in gradient.items():
-        one, two, three = (dot(step[name], g) for step in steps)
-        growth[name] = _limit(one, two, three) / one if one else 1.0
-    first, doubled = (sum(dot(step[name], g) for name, g in gradient.items()) for step in (steps[0], twice))
-    degree = float(np.clip(np.log2(doubled / first), 0, 1)) if first and doubled / first > 0 else 1.0
+
+    def gains(gradients: Sequence[Named]) -> list[dict[str, float]]:
+        steps = network.updates(optimizer, gradients, values, fresh=True)
+        return [{name: dot(step[name], gradient[name]) for name in gradient} for step in steps]
+
+    one, two, three = gains([gradient] * 3)
+    growth = {name: _limit(first, two[name], three[name]) / first if first else 1.0 for name, first in one.items()}
+    (twice,) = gains([{name: 2 * g for name, g in gradient.items()}])
+    once, doubled = sum(one.values()), sum(twice.values())
+    degree = float(np.clip(np.log2(doubled / once), 0, 1)) if once and doubled / once > 0 else 1.0
 
     def update(gradient: Named, values: Named) -> dict[str, Array]:
-        return network.updates(optimizer, [gradient], values, fresh=True)[0]
+        return next(network.updates(optimizer, [gradient], values, fresh=True))
 
     return Step(update, growth, degree)
 
@@ -138,14 +140,15 @@ class NetworkProbe:
         def work(chunk: Chunk) -> tuple[Array, Any]:
             values = self._values()
             z, pull = self.derivatives.vjp(chunk.outputs, values)
-            c = self._rooted(chunk, z, rng)
-            pulled = pull(c)
-            u = {name: pulled[name] for name in self.trained}
-            _, bent = self.derivatives.hvp(lambda v: self.arrays.sum(chunk.outputs(v) * c), values, u, names)
             square, slope = self.derivatives.gradient(
                 lambda v: loss.level(v["z"], chunk.targets)[0], {"z": z}
             )  # in z alone
             risen = pull(slope["z"])
+            c = self._rooted(chunk, z, rng)
+            pulled = pull(c)
+            u = {name: pulled[name] for name in self.trained}
+            del pull, pulled  # and what the forward pass has kept for them
+            _, bent = self.derivatives.hvp(lambda v: self.arrays.sum(chunk.outputs(v) * c), values, u, names)
             return z, {
                 "trace": sum(self.arrays.dot(x, x) for x in u.values()),
                 "trace slope": np.array([2 * self.arrays.dot(values[n], bent[n]) for n in names]),

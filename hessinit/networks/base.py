@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -200,8 +200,10 @@ class Network(Protocol):
 
     def updates(
         self, optimizer: Any, gradients: Sequence[Named], values: Named | None = None, fresh: bool = False
-    ) -> list[dict[str, Array]]:
+    ) -> Iterator[dict[str, Array]]:
         """What an optimizer's next steps would add to the parameters, given these gradients, by a private copy of it.
+
+        One step after the other, as they are asked for.
 
         Args:
             optimizer: of the framework. Parameters that it does not hold stay.

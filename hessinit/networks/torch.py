@@ -168,7 +168,7 @@ class TorchNetwork:
 
     def updates(
         self, optimizer: Any, gradients: Sequence[Named], values: Named | None = None, fresh: bool = False
-    ) -> list[dict[str, torch.Tensor]]:
+    ) -> Iterator[dict[str, torch.Tensor]]:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a learning rate or a torch.optim.Optimizer; got {optimizer!r}")
         tensors = {name: self._tensors[name] for name in gradients[0]}
@@ -184,8 +184,11 @@ class TorchNetwork:
 
 def _updates(
     optimizer: torch.optim.Optimizer, tensors: Named, gradients: Sequence[Named], values: Named, fresh: bool
-) -> list[dict[str, torch.Tensor]]:
-    """Steps of a copy of the optimizer on float64 copies of the parameters, so that nothing is rounded off."""
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Steps of a copy of the optimizer on copies of the parameters: in float64, so that nothing is rounded off.
+
+    Fresh ones are in the parameters' own precision, at least float32, which takes half as much memory.
+    """
     copies: dict[int, torch.Tensor] = {}
     placed = {id(tensors[name]): value for name, value in values.items() if name in tensors}
     private = copy.copy(optimizer)
@@ -194,41 +197,42 @@ def _updates(
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         private.__dict__[hooks] = type(getattr(optimizer, hooks))()
 
-    def doubled(x: Any) -> Any:
+    def wide(dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32) if fresh else torch.float64
+
+    def widened(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
-            return x.detach().clone().double() if x.is_floating_point() else x.detach().clone()
+            return x.detach().to(wide(x.dtype) if x.is_floating_point() else x.dtype, copy=True)
         return copy.deepcopy(x)
 
     private.param_groups = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            copies[id(p)] = doubled(placed.get(id(p), p)).requires_grad_(p.requires_grad)
-        rest = {key: doubled(value) for key, value in group.items() if key != "params"}
+            copies[id(p)] = widened(placed.get(id(p), p)).requires_grad_(p.requires_grad)
+        rest = {key: widened(value) for key, value in group.items() if key != "params"}
         if fresh:
             rest["lr"] = _peak(rest)
         private.param_groups.append({**rest, "params": [copies[id(p)] for p in group["params"]]})
     private.state = type(optimizer.state)(dict)
     for p, state in {} if fresh else optimizer.state.items():
-        private.state[copies[id(p)]] = {key: doubled(value) for key, value in state.items()}
-    steps = []
+        private.state[copies[id(p)]] = {key: widened(value) for key, value in state.items()}
     for gradient in gradients:
         before = {name: copies[id(p)].detach().clone() for name, p in tensors.items() if id(p) in copies}
         for name, p in tensors.items():
             if id(p) in copies:
-                copies[id(p)].grad = gradient[name].detach().to(torch.float64, copy=True)
+                copies[id(p)].grad = gradient[name].detach().to(wide(p.dtype), copy=True)
         try:
             private.step()
         except TypeError as error:
             raise TypeError(
                 f"optimizer must take a step without a closure; {type(optimizer).__name__} does not ({error})"
             ) from error
-        steps.append(
-            {
-                name: (copies[id(p)].detach() - before[name]).to(p.dtype) if name in before else torch.zeros_like(p)
-                for name, p in tensors.items()
-            }
-        )
-    return steps
+        for p in copies.values():
+            p.grad = None
+        yield {
+            name: (copies[id(p)].detach() - before.pop(name)).to(p.dtype) if name in before else torch.zeros_like(p)
+            for name, p in tensors.items()
+        }
 
 
 def _peak(group: Mapping[str, Any]) -> Any:

@@ -72,8 +72,7 @@ class TorchArrays:
 class TorchDerivatives:
     """:class:`hessinit.networks.base.Derivatives` of ``torch``: dual numbers forward, autograd in reverse.
 
-    Operations without a forward-mode formula go a slower way, ``J v`` as the derivative of ``u → Jᵀu`` and ``H v`` as
-    that of the gradient, both by reverse mode twice.
+    Operations without a forward-mode formula go a slower way, ``J v`` as the derivative of ``u → Jᵀu``.
     """
 
     def jvp(self, f: Function, values: Named, tangents: Named) -> tuple[Tensor, Tensor]:
@@ -106,30 +105,21 @@ class TorchDerivatives:
         return value, pull(torch.ones_like(value))
 
     def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        def forward() -> tuple[Tensor, dict[str, Tensor]]:
-            with torch.enable_grad(), forward_ad.dual_level():
-                leaves, constants = _leaves_and_constants(values, rows)
-                value = f(_duals({**constants, **leaves}, tangents))
-                # Reverse mode inside the dual level: the gradients' tangents are the rows.
-                gradients = _pull(value, leaves)(torch.ones_like(forward_ad.unpack_dual(value).primal))
-                found = {name: forward_ad.unpack_dual(g).tangent for name, g in gradients.items()}
-            return value.detach(), {
-                n: torch.zeros_like(leaves[n]) if t is None else t.detach() for n, t in found.items()
-            }
-
-        def reverse() -> tuple[Tensor, dict[str, Tensor]]:
-            # H is symmetric: the rows of H v are the derivative of gᵀv, g and v on the tangents' names.
-            with torch.enable_grad():
-                leaves = _leaves(values)
-                value = f(leaves)
-                moved = [leaves[name] for name in tangents]
-                first = torch.autograd.grad(value, moved, create_graph=True, allow_unused=True)
-                _check_differentiable(first)
-                along = [torch.sum(g * t) for g, t in zip(first, tangents.values(), strict=True) if g is not None]
-                total = torch.stack(along).sum() if along else value * 0
-                return value.detach(), _pull(total, {n: leaves[n] for n in rows})(torch.ones_like(total))
-
-        return _forward_or_reverse(forward, reverse)
+        # H is symmetric: the rows of H v are the derivative of gᵀv, g and v on the tangents' names. Dual numbers in the
+        # gradient would take half as much memory again, and more time but for convolutions.
+        with torch.enable_grad():
+            leaves = _leaves(values)
+            value = f(leaves)
+            moved = [leaves[name] for name in tangents]
+            first = torch.autograd.grad(value, moved, create_graph=True, allow_unused=True)
+            _check_differentiable(first)
+            along = [torch.sum(g * t) for g, t in zip(first, tangents.values(), strict=True) if g is not None]
+            total, value = torch.stack(along).sum() if along else value * 0, value.detach()
+            del first, along
+        if not total.requires_grad:
+            return value, {n: torch.zeros_like(leaves[n]) for n in rows}
+        found = torch.autograd.grad(total, [leaves[n] for n in rows], allow_unused=True)  # frees what it has passed
+        return value, {n: torch.zeros_like(leaves[n]) if h is None else h for n, h in zip(rows, found, strict=True)}
 
 
 def _jvp_in_reverse(f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, Tensor, Pull]:
