@@ -132,7 +132,7 @@ def solve(
             reason = f"stopped after {max_probes} probes at ρ = {best.sharpness:.3g}"
             break
         slopes = slopes or probe.slopes()
-        room = band[0] - math.log(best.level), band[1] - math.log(best.level)
+        room = band[0] - math.log(best.level), max(sum(band) / 2 - math.log(best.level), 0.0)
         step = _step(best.theta, slopes, (off / ratio, outside), room, box, trust)
         if np.abs(step).max(initial=0.0) < STILL:
             reason = _bounded(best, off, box)
@@ -177,7 +177,8 @@ def _step(
     """The change of θ that gives these changes of log T and log r, to first order, inside the box and the trust region.
 
     The level goes its steepest way, the trace the steepest on which the level stays. Where bounds leave it none, the
-    level gives way, as far as it has room in its band.
+    level gives way as far as it has room: down to the lower end of its band, up to the middle, as a loss that begins
+    high costs more than the curvature is worth.
     """
     trace, level = slopes
     low, high = np.maximum(box[0] - theta, -trust), np.minimum(box[1] - theta, trust)

@@ -24,7 +24,7 @@ NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
 LEVEL = 0.3, 2.0
 MIN_SCALE, MAX_SCALE = 1 / 20, 4.0
 SAMPLES = 256
-FEWEST, TERMS = 32, 4096  # samples of many loss terms each (texts, images of labels) go by their terms
+FEWEST, TERMS = 32, 2048  # samples of many loss terms each (texts, images of labels) go by their terms
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def init_(
         exclude: name glob or globs; parameters that match one are left.
         forward: function of (model, batch) that returns (outputs, targets), for batches of any structure.
         num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
-            Default 256, or fewer of texts and label images: 4096 loss terms, at least 32 samples.
+            Default 256, or fewer of texts and label images: 2048 loss terms, at least 32 samples.
         level: lowest and highest root mean square of the class-centred logits (regression: of the outputs, in standard
             deviations of the targets). Default (0.3, 2.0).
         budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional

@@ -123,6 +123,13 @@ def test_a_level_outside_its_band_is_brought_back():
     assert solve(Homogeneous([4, 2, 1], level=0.9), 3, 0.2).best.level == pytest.approx(0.9)
 
 
+def test_where_bounds_leave_no_way_the_level_rises_to_the_middle_of_its_band_and_falls_to_its_end():
+    high, low = (solve(Homogeneous([1, 1], level=level), 2, 1e6) for level in (0.9, 0.35))
+    assert high.best.level == pytest.approx(0.9)
+    assert low.best.level == pytest.approx(0.3**0.5, rel=0.02)
+    assert solve(Homogeneous([1, 1]), 2, 1e-6).best.level == pytest.approx(0.3, rel=0.02)
+
+
 def test_a_norm_takes_the_budget_by_shrinking_the_weights_before_it():
     solution = solve(Normalised([4, 2, 1]), 3, 0.4)
     assert solution.met

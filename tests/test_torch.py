@@ -1,6 +1,8 @@
 """The contract of the four tensor initializers, in the manner of torch.nn.init."""
 
 import math
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import hessinit
 from hessinit import rules
 from hessinit import torch as ht
 from hessinit.layout import Layout
@@ -142,3 +145,58 @@ def test_calculate_gain_is_the_gain_of_the_initializers():
     assert torch.equal(one, two)
     assert ht.calculate_gain("leaky_relu", 0.2) ** 2 == pytest.approx(0.52)
     assert ht.calculate_gain("tanh", depth=20) == rules.gain("tanh", depth=20)
+
+
+class Trainer:
+    """What a Lightning trainer shows to a callback when training starts."""
+
+    def __init__(self, model, **changed):
+        generator = torch.Generator().manual_seed(0)
+        batches = [(torch.randn(32, 12, generator=generator), torch.arange(32) % 3) for _ in range(4)]
+        self.train_dataloader, self.optimizers = batches, [torch.optim.Adam(model.parameters(), 1e-2)]
+        self.global_step, self.world_size = 0, 1
+        vars(self).update(changed)
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """A module in Lightning's place, which cannot be imported beside the torchvision of the tests."""
+    package, module = ModuleType("lightning"), ModuleType("lightning.pytorch")
+    module.Callback, package.pytorch = type("Callback", (), {}), module
+    monkeypatch.setitem(sys.modules, "lightning", package)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", module)
+    return module
+
+
+def lightning_model():
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def test_the_lightning_callback_sets_the_model_for_its_optimizer_before_the_first_step(lightning):
+    model, same = lightning_model(), lightning_model()
+    callback = ht.lightning_callback("cross_entropy", seed=0)
+    assert isinstance(callback, lightning.Callback)
+    assert callback.report is None
+    callback.on_train_start(Trainer(model), model)
+    trainer = Trainer(same)
+    hessinit.init_(same, trainer.train_dataloader, "cross_entropy", optimizer=trainer.optimizers[0], seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
+    assert callback.report.calibration.samples == 128
+    before = [p.clone() for p in model.parameters()]
+    callback.on_train_start(Trainer(model, global_step=7), model)  # resumed
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"world_size": 2}, "^lightning_callback: world_size of the trainer must be one; got 2. Call init_ beforehand"),
+        ({"optimizers": []}, "^lightning_callback: optimizers of the trainer must be one; got 0"),
+    ],
+)
+def test_the_lightning_callback_refuses_what_it_cannot_set(lightning, changed, message):
+    model = lightning_model()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        ht.lightning_callback("cross_entropy").on_train_start(Trainer(model, **changed), model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))

@@ -16,6 +16,7 @@ import torch
 from reference import dense_truth
 from torch import nn
 
+import hessinit
 from hessinit import curvature, rules
 from hessinit.experiments import data, kappa, models, plots, sweep, training
 from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
@@ -128,11 +129,16 @@ def test_every_problem_trains_and_the_budget_fits_it(name):
     few = replace(few, y_test=few.y_test[:50])
     activation = problem.activations[0]
     one = run(problem=name, initializer="budget", activation=activation, optimizer="adam", lr=1e-3, epochs=4)
-    result = training.train(one, few, max_scale=2.0)
+    result = training.train(one, few, num_samples=64)
     guess = 1.0 if few.loss == "mse" else math.log(few.outputs)
     assert result.status == "ok"
     assert result.last_fifth_loss < 0.9 * guess
-    assert training.train(one, few, max_scale=2.0).last_fifth_loss == result.last_fifth_loss
+    net = training.torch_net(name, few, "budget", activation, seed=0)
+    batch, options = (torch.from_numpy(few.x_train), torch.from_numpy(few.y_train)), {"num_samples": 64, "seed": 0}
+    optimizer = torch.optim.Adam(net.parameters(), 1e-5)
+    _, report = hessinit.init_(net, batch, few.loss, optimizer=optimizer, return_report=True, **options)
+    assert report.calibration.passes <= 60
+    assert all(0.05 * 0.999 <= scale <= 4 * 1.001 for scale in report.calibration.scales.values())
 
 
 def test_runs_repeat_and_seeds_matter():
