@@ -79,7 +79,7 @@ def test_regression_is_measured_in_deviations_of_the_targets():
     for targets, lr in ((y, 1e-4), (y / 100, 1.0)):  # the same problem in other units has the step in theirs
         model.compile(optimizers.SGD(lr), "mse")
         _, report = hessinit.init_(model, (x, targets), seed=0, max_scale=100.0, return_report=True)
-        assert 0.29 < report.calibration.after.level < 2.1
+        assert 0.29 < report.calibration.after.level < 1.1
 
 
 def test_the_callback_sets_a_model_that_fit_builds_and_only_before_its_first_step():
