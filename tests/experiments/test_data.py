@@ -161,3 +161,29 @@ def test_own_arrays_files_and_names(tmp_path):
             data.load(str(tmp_path / path))
     with pytest.raises(ValueError, match="dataset must be one of auto, fashion_mnist, .*; got 'mnist'"):
         data.load("mnist")
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs", "loss"),
+    [("digits", 64, 10, "cross_entropy"), ("friedman", 10, 1, "mse"), ("topics", 32, None, "cross_entropy")],
+)
+def test_small_sets_need_no_download(name, inputs, outputs, loss):
+    found = data.load(name)
+    assert found.x_train.shape[1] == found.x_test.shape[1] == inputs
+    assert found.loss == loss
+    assert outputs in (found.outputs, None)
+    if loss == "mse":
+        assert found.y_train.shape == (len(found.x_train), 1)
+        assert abs(found.y_train.mean()) < 1e-6
+        assert found.y_train.std() == pytest.approx(1, rel=1e-5)
+    else:
+        assert sorted(np.unique(found.y_train)) == list(range(found.outputs)) or name == "topics"
+        assert found.y_train.max() < found.outputs
+    assert np.array_equal(data.load(name).x_train, found.x_train)
+
+
+def test_every_character_of_a_text_is_labelled_with_the_next():
+    texts = data.load("topics")
+    assert np.array_equal(texts.x_train[:, 1:], texts.y_train[:, :-1])
+    assert np.array_equal(texts.x_train[1:, 0], texts.y_train[:-1, -1])
+    assert texts.x_train.max() < texts.outputs < 200
