@@ -172,7 +172,7 @@ class InitCallback(keras.callbacks.Callback):
     Example:
         >>> x, y = np.random.default_rng(0).standard_normal((64, 8)), np.arange(64) % 3
         >>> net = keras.Sequential([keras.layers.Dense(16, "relu"), keras.layers.Dense(3)])
-        >>> net.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> net.compile(keras.optimizers.SGD(0.3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         >>> start = InitCallback((x, y), seed=0)
         >>> history = net.fit(x, y, callbacks=[start], verbose=0)
         >>> start.report.calibration.solution.reason
