@@ -296,7 +296,7 @@ class Objective:
         return dict(self.over_data(work))
 
     def exact_product(self, tangents: Named, rows: Sequence[str]) -> dict[str, Array]:
-        """Rows of ``H v``, H the exact Hessian: forward over reverse."""
+        """Rows of ``H v``, H the exact Hessian: the derivative of ``gᵀv``, or of g along v, as the backend does it."""
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
             values = self.values(tangents, rows)

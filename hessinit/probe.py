@@ -124,9 +124,7 @@ class NetworkProbe:
 
     def measure(self, theta: Vector) -> tuple[float, float]:
         """Step sharpness and level at these log scales: two passes."""
-        self._place(theta)
-        gradient = self._gradient()
-        step = self.step.update(gradient, self._values())
+        gradient, step = self._first_step(theta)
         grown = {name: self.step.growth.get(name, 1.0) * d for name, d in step.items()}
         gain, form, level = self._along(grown, gradient)
         return (form / abs(gain) if gain else float("nan")), level
@@ -162,9 +160,7 @@ class NetworkProbe:
     def describe(self, point: Point) -> State:
         """Everything the report says of a point that was measured: less than four passes."""
         self.passes += GRADIENT + 2 * FORWARD
-        self._place(point.theta)
-        gradient = self._gradient()
-        step = self.step.update(gradient, self._values())
+        gradient, step = self._first_step(point.theta)
         gain, form, _ = self._along(step, gradient)
         rng = self.objective.probe_stream(0)
 
@@ -197,6 +193,12 @@ class NetworkProbe:
     def _gradient(self) -> dict[str, Array]:
         self.passes += GRADIENT
         return self.objective.gradient(self.trained)
+
+    def _first_step(self, theta: Vector) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Gradient and first step at these log scales, at which the net then stands."""
+        self._place(theta)
+        gradient = self._gradient()
+        return gradient, self.step.update(gradient, self._values())
 
     def _along(self, step: Named, gradient: Named) -> tuple[float, float, float]:
         """``gᵀΔ``, ``ΔᵀGΔ`` and the level: one forward-mode pass."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +122,9 @@ class Report:
         head = ["parameter", "shape", "role", "fans", "activation", "depth", "gain", "std", "drawn", "note"]
         lines = [head, *(_cells(row) for row in self.rows)]
         if self.calibration is not None:
-            extra = [["scale", "curvature", "share"], *(self._calibrated_cells(row) for row in self.rows)]
+            scaled = [row for row in self.rows if not math.isnan(row.curvature)]
+            before, after = sum(row.curvature_before for row in scaled), sum(row.curvature for row in scaled)
+            extra = [["scale", "curvature", "share"], *(_calibrated_cells(row, before, after) for row in self.rows)]
             lines = [[*line[:-1], *more, line[-1]] for line, more in zip(lines, extra, strict=True)]
         widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
         table = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
@@ -133,18 +135,6 @@ class Report:
         if self.calibration is not None:
             table += [*_summary(self.calibration), *(f"warning: {line}" for line in self.warnings)]
         return "\n".join(line.rstrip() for line in table)
-
-    def _calibrated_cells(self, row: Row) -> list[str]:
-        if math.isnan(row.curvature):
-            return ["", "", ""]
-        before = row.curvature_before / (_sum(r.curvature_before for r in self.rows) or 1.0)
-        after = row.curvature / (_sum(r.curvature for r in self.rows) or 1.0)
-        change = f"{row.curvature_before:.3g} → {row.curvature:.3g}"
-        return [f"{row.scale:.3g}", change, f"{before:.0%} → {after:.0%}"]
-
-
-def _sum(values: Iterable[float]) -> float:
-    return sum(value for value in values if not math.isnan(value))
 
 
 def _summary(calibration: Calibration) -> list[str]:
@@ -166,8 +156,7 @@ def _warnings(calibration: Calibration) -> list[str]:
     lines = []
     if not solution.met:
         lines.append(f"the budget was not met: {solution.reason}")
-    for what, bound in (("smallest", min), ("largest", max)):
-        edge = bound(calibration.bounds)
+    for what, edge in zip(("smallest", "largest"), calibration.bounds, strict=True):
         held = [name for name, scale in scales.items() if math.isclose(scale, edge, rel_tol=1e-3)]
         if held:
             lines.append(f"at the {what} scale, {edge:g}: {', '.join(held)}")
@@ -175,7 +164,7 @@ def _warnings(calibration: Calibration) -> list[str]:
         found = {name: units[shares] for name, units in after.units.items() if units[shares] > 0}
         if found:
             lines.append(f"{kind} units: " + ", ".join(f"{share:.0%} of {name}" for name, share in found.items()))
-    whole = _sum(after.curvature.values())
+    whole = sum(value for value in after.curvature.values() if not math.isnan(value))
     faint = [name for name in scales if after.curvature[name] < VANISHED * whole]
     if faint:
         lines.append(f"vanished signal, less than {VANISHED:g} of all curvature: {', '.join(faint)}")
@@ -216,6 +205,15 @@ def _plot(calibration: Calibration, rows: Sequence[Row]) -> Figure:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.4g}"
+
+
+def _calibrated_cells(row: Row, before: float, after: float) -> list[str]:
+    """Scale, curvature, and its share of the whole before and after."""
+    if math.isnan(row.curvature):
+        return ["", "", ""]
+    change = f"{row.curvature_before:.3g} → {row.curvature:.3g}"
+    share = f"{row.curvature_before / (before or 1.0):.0%} → {row.curvature / (after or 1.0):.0%}"
+    return [f"{row.scale:.3g}", change, share]
 
 
 def _cells(row: Row) -> list[str]:

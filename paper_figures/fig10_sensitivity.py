@@ -56,8 +56,7 @@ def compute(study: Any = STUDY, seeds: tuple[int, ...] = SEEDS, jobs: int = 2) -
 def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[tuple[str, training.Run, data.Dataset, float | None]]:
     """Of every row: its set, the run, the data and c."""
     for group, problem, activation, samples, epochs, count in study:
-        own = models.PROBLEMS[problem].dataset
-        whole = data.load("auto" if own == models.IMAGES else own)
+        whole = data.load(models.PROBLEMS[problem].dataset)
         few = replace(whole, x_train=whole.x_train[:samples], y_train=whole.y_train[:samples])
         for optimizer, lrs in LRS.items():
             c = C[optimizer]

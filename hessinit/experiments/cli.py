@@ -76,7 +76,7 @@ def compare(
 
     from hessinit.experiments import data, plots
     from hessinit.experiments.kappa import medians
-    from hessinit.experiments.models import IMAGES, PROBLEMS
+    from hessinit.experiments.models import PROBLEMS
     from hessinit.experiments.sweep import Plan, Store, redraw, rows_of, summaries, sweep
 
     if jobs < 1:
@@ -93,8 +93,7 @@ def compare(
         redraws=redraws,
     )
     store = Store(out)
-    own = PROBLEMS[problem].dataset
-    loaded = data.load(own if dataset == "auto" and own != IMAGES else dataset)
+    loaded = data.load(PROBLEMS[problem].dataset if dataset == "auto" else dataset)
     console = Console()
     size = f"{len(loaded.x_train):,} train and {len(loaded.x_test):,} test samples"
     console.print(f"{loaded.name} from {loaded.source}: {size}", highlight=False)

@@ -18,7 +18,6 @@ from hessinit.experiments.data import Dataset
 from hessinit.experiments.training import one_thread, torch_net
 
 IMAGES = 100
-WEIGHTS = "*weight"
 FIRST_SEED = 1_000_000  # of redraws, so that no training run starts from one; weights follow from it as in training
 
 
@@ -72,7 +71,7 @@ def _torch_kappas(redraws: Sequence[Redraw], data: Dataset) -> Iterator[curvatur
     with one_thread():
         for redraw in redraws:
             model = torch_net(redraw.problem, data, redraw.initializer, redraw.activation, FIRST_SEED + redraw.seed)
-            yield curvature.rayleigh(model, batch, data.loss, params=WEIGHTS, progress=False)
+            yield curvature.rayleigh(model, batch, data.loss, params="*weight", progress=False)
 
 
 def _keras_kappas(redraws: Sequence[Redraw], data: Dataset) -> Iterator[curvature.Values]:

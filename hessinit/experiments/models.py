@@ -16,7 +16,6 @@ from hessinit.experiments.data import Dataset
 if TYPE_CHECKING:
     from torch import nn
 
-IMAGES = "images"
 ACTIVATIONS = ("relu", "tanh", "gelu", "silu")
 
 
@@ -199,14 +198,14 @@ class Problem:
         title: for tables and figures.
         hidden: widths of a plain net's hidden layers; None for another kind of net, which PyTorch alone has.
         net: of (dataset, activation), for those.
-        dataset: name, or ``IMAGES`` for any with FashionMNIST's shape.
+        dataset: its own, by the name that :func:`hessinit.experiments.data.load` knows.
         activations: that the net can have.
     """
 
     title: str
     hidden: tuple[int, ...] | None = None
     net: Callable[[Dataset, str], nn.Module] | None = None
-    dataset: str = IMAGES
+    dataset: str = "auto"
     activations: tuple[str, ...] = ACTIVATIONS
 
     def widths(self, data: Dataset) -> list[int]:

@@ -104,11 +104,7 @@ class Plan:
 
     def draws(self, dataset: str) -> Iterator[Redraw]:
         """Every redraw, row by row."""
-        rows = [
-            (initializer, activation)
-            for initializer, activation in self.rows
-            if not INITIALIZERS[initializer].fits_step
-        ]
+        rows = [row for row in self.rows if not INITIALIZERS[row[0]].fits_step]
         for (initializer, activation), seed in itertools.product(rows, range(self.redraws)):
             yield Redraw(self.problem, self.framework, dataset, initializer, activation, seed)
 
