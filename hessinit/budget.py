@@ -7,10 +7,13 @@ trace most, at constant level:
     d = ∇ log T  made orthogonal to  ∇ log r,
 
 up if ``ρ`` is below its range, down if it is above, until it is inside; and back along ``∇ log r`` where the level is
-outside its band. The trace counts every direction in which the net can learn, the sharpness only the steepest.
+outside its band. The trace counts every direction in which the net can learn, the sharpness only the steepest. The
+trace is raised by shifting scale between weights, not by growing them together (the sum of ``θ`` does not rise): at one
+level that is the same for a homogeneous net, and it keeps a deep saturating one from turning chaotic.
 
 Along ``d``, ``log ρ`` is taken to follow ``log T`` with a ratio that starts at one and is then read from the last two
-probes (a secant). Scales stay in a box; one that meets its bound is held there and the rest go on.
+probes (a secant). Scales stay in a box; one that meets its bound is held there and the rest go on. A step ends where
+the first scale meets the trust region, as the rest of the way would be guesswork.
 
 Nothing here knows of networks: a probe is anything with these three numbers and two gradients.
 """
@@ -30,7 +33,9 @@ TOLERANCE = 0.1  # of log ρ: less than a batch of 256 says about the next
 MAX_PROBES = 8
 TRUST = 1.5  # largest change of a log scale between two probes
 SLACK = 0.02  # of log r: the first order does not stop at an edge exactly
-STILL = 0.02  # of every log scale: a step that changes nothing
+INSIDE = 0.25  # of the level's band: how far beyond its edge the way back aims
+OVERSHOT = 0.4  # of log ρ above the lower end: a step up is for the lower end, not for what lies beyond
+STILL = 0.02  # length of a step that changes nothing
 RATIO = 0.2, 3.0  # what a secant may say of d log ρ / d log T
 
 
@@ -132,19 +137,26 @@ def solve(
             reason = f"stopped after {max_probes} probes at ρ = {best.sharpness:.3g}"
             break
         slopes = slopes or probe.slopes()
-        room = band[0] - math.log(best.level), max(sum(band) / 2 - math.log(best.level), 0.0)
-        step = _step(best.theta, slopes, (off / ratio, outside), room, box, trust)
-        if np.abs(step).max(initial=0.0) < STILL:
+        rho, r = math.log(best.sharpness), math.log(best.level)
+        lack = (goals[0] - rho) / ratio, (goals[1] - rho) / ratio
+        room = band[0] - r, max(sum(band) / 2 - r, 0.0)
+        step = _step(best.theta, slopes, lack, outside, room, box, trust)
+        if np.linalg.norm(step) < STILL:
             reason = _bounded(best, off, box)
             break
         point = Point(best.theta + step, *probe.measure(best.theta + step))
         points.append(point)
+        if off > 0 and len(points) < max_probes and point.finite and _off(point, (-math.inf, goals[0] + OVERSHOT)) < 0:
+            steeper = _secant(best, point, float(slopes[0] @ step), ratio)
+            if steeper > ratio * (1 + TOLERANCE):
+                ratio = steeper
+                continue
         if distance(point) > distance(best) + TOLERANCE / 2:  # too far, by nonlinearity or into what is not finite
             trust = float(np.abs(step).max()) / 4
             continue
         ratio = _secant(best, point, float(slopes[0] @ step), ratio)
-        best, slopes = point, None
-    return Solution(min(points, key=distance), reason, tuple(points))
+        best, slopes, trust = point, None, min(2 * trust, TRUST)
+    return Solution(best if reason == "met" else min(points, key=distance), reason, tuple(points))
 
 
 def _off(point: Point, goals: tuple[float, float]) -> float:
@@ -154,9 +166,9 @@ def _off(point: Point, goals: tuple[float, float]) -> float:
 
 
 def _outside(point: Point, band: tuple[float, float]) -> float:
-    """What log r lacks to be in its band: 0 inside, else the way to the middle, as the way is of first order only."""
-    r = math.log(point.level)
-    return 0.0 if band[0] - SLACK <= r <= band[1] + SLACK else sum(band) / 2 - r
+    """What log r lacks to be in its band: 0 inside, else the way to well inside, as the way is of first order only."""
+    r, margin = math.log(point.level), INSIDE * (band[1] - band[0])
+    return 0.0 if band[0] - SLACK <= r <= band[1] + SLACK else float(np.clip(r, band[0] + margin, band[1] - margin)) - r
 
 
 def _secant(before: Point, now: Point, predicted: float, ratio: float) -> float:
@@ -169,27 +181,35 @@ def _secant(before: Point, now: Point, predicted: float, ratio: float) -> float:
 def _step(
     theta: Vector,
     slopes: tuple[Vector, Vector],
-    changes: tuple[float, float],
+    lack: tuple[float, float],
+    outside: float,
     room: tuple[float, float],
     box: tuple[float, float],
     trust: float,
 ) -> Vector:
-    """The change of θ that gives these changes of log T and log r, to first order, inside the box and the trust region.
+    """The change of θ after which log T lacks nothing and log r is not outside, in the box and the trust region.
 
-    The level goes its steepest way, the trace the steepest on which the level stays. Where bounds leave it none, the
-    level gives way as far as it has room: down to the lower end of its band, up to the middle, as a loss that begins
-    high costs more than the curvature is worth.
+    To first order. The level goes its steepest way, the trace, by at least and at most what it lacks, the steepest on
+    which the level stays and scales do not grow on the whole. Where bounds leave it none, the level gives way as far as
+    it has room: down to the lower end of its band, up to the middle, as a loss that begins high costs more than the
+    curvature is worth.
     """
     trace, level = slopes
-    low, high = np.maximum(box[0] - theta, -trust), np.minimum(box[1] - theta, trust)
-    step = _walk(np.zeros_like(theta), level, np.zeros_like(theta), changes[1], low, high)
-    change = changes[0] - float(trace @ step)
+    low, high = box[0] - theta, box[1] - theta
+    step = _walk(np.zeros_like(theta), level, [], outside, low, high, trust)
+    gained = float(trace @ step)
+    change = float(np.clip(gained, *lack)) - gained
+    pace = float(trace @ level) / max(float(level @ level), 1e-9)
+    if change < 0 and pace > 0.5 and room[0] < -SLACK:
+        return _walk(step, level, [], max(change / pace, room[0] - outside), low, high, trust)
     if change < 0:
         high = np.where(trace < 0, np.minimum(high, step), high)  # to grow what a norm follows would only freeze it
-    there = _walk(step, trace, level, change, low, high)
+    there = _walk(step, trace, [level], change, low, high, trust)
+    if change > 0 and (theta + there).sum() > max(0.0, (theta + step).sum()):
+        return _walk(step, trace, [level, np.ones_like(level)], change, low, high, trust)
     change -= float(trace @ (there - step))
-    if changes[1] == 0 and abs(change) > TOLERANCE / 2:
-        on = _walk(there, trace, np.zeros_like(theta), change, low, high) - there
+    if outside == 0 and abs(change) > TOLERANCE / 2:
+        on = _walk(there, trace, [], change, low, high, trust) - there
         moved = float(level @ on)
         if abs(float(trace @ on)) > abs(moved) / 2:  # else it would be the level that changes
             allowed = room[1] if moved > 0 else room[0]
@@ -197,26 +217,32 @@ def _step(
     return there
 
 
-def _walk(step: Vector, slope: Vector, level: Vector, change: float, low: Vector, high: Vector) -> Vector:
-    """``step`` and from there the steepest way, orthogonal to ``level``, until ``slope`` has gained ``change``.
+def _walk(
+    step: Vector, slope: Vector, fixed: list[Vector], change: float, low: Vector, high: Vector, trust: float
+) -> Vector:
+    """``step`` and from there the steepest way, orthogonal to what is fixed, until ``slope`` has gained ``change``.
 
-    A coordinate that meets its bound is held, and the rest of the way is the steepest in those still free.
+    A coordinate that meets its bound is held, and the rest of the way is the steepest in those still free. Where one
+    meets the trust region, the way ends.
     """
-    free = np.ones(len(step), bool)
+    start, free = step, np.ones(len(step), bool)
     while free.any() and abs(change) > 1e-9:
-        n = np.where(free, level, 0.0)
+        normals = np.where(free, np.reshape(fixed, (-1, len(step))), 0.0)
         d = np.where(free, slope, 0.0)
-        d = d - n * (d @ n / (n @ n)) if n @ n > 1e-12 else d
+        d = d - normals.T @ np.linalg.lstsq(normals.T, d, rcond=1e-3)[0] if fixed else d
         speed = float(d @ d)
         if speed < 1e-6:
             break
         direction = math.copysign(1.0, change) * d
         moving = free & (np.abs(direction) > 1e-9)
-        room = np.where(direction > 0, high - step, low - step)
-        reach = np.where(moving, np.abs(room / np.where(moving, direction, 1.0)), np.inf)
-        length = min(abs(change) / speed, float(reach.min()))
+        pace = np.where(moving, np.abs(direction), 1.0)
+        reach = np.where(moving, np.where(direction > 0, high - step, step - low) / pace, np.inf)
+        trusted = float(np.where(moving, (trust - np.sign(direction) * (step - start)) / pace, np.inf).min())
+        length = min(abs(change) / speed, float(reach.min()), trusted)
         step = step + length * direction
         change -= math.copysign(length * speed, change)
+        if length == trusted:
+            break
         free &= reach > length * (1 + 1e-9)
     return step
 

@@ -21,7 +21,7 @@ from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
 NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
-LOWEST_LEVEL = 0.3
+LEVEL = 0.3, 1.0
 MIN_SCALE, MAX_SCALE = 1 / 20, 4.0
 SAMPLES = 256
 FEWEST, TERMS = 32, 2048  # samples of many loss terms each (texts, images of labels) go by their terms
@@ -36,7 +36,7 @@ class Target:
         lr: of plain SGD; None where an optimizer is given.
         optimizer: of the framework; None where a learning rate is given.
         budget: c, or lowest and highest step sharpness; None for the default of the optimizer's kind.
-        level: lowest and highest level; None for the default of the loss.
+        level: lowest and highest level.
         max_scale: largest scale.
         num_samples: of the batch; None for the default.
         forward: of (model, batch), returns outputs and targets; None for the framework's way.
@@ -46,7 +46,7 @@ class Target:
     lr: float | None = None
     optimizer: Any = None
     budget: float | tuple[float, float] | None = None
-    level: tuple[float, float] | None = None
+    level: tuple[float, float] = LEVEL
     max_scale: float = MAX_SCALE
     num_samples: int | None = None
     forward: Forward | None = None
@@ -101,8 +101,7 @@ def check(function: str, target: Target) -> None:
             positive(name, value)
     if target.max_scale < 1:
         raise ValueError(f"{function}: max_scale must be at least 1; got {target.max_scale!r}.")
-    if target.level is not None:
-        pair("level", target.level)
+    pair("level", target.level)
     if isinstance(target.budget, Sequence):
         pair("budget", target.budget)
     elif target.budget is not None:
@@ -153,8 +152,7 @@ def calibrate(
     degree = probe.step.degree
     budget = _range(target.budget, degree)
     bounds = MIN_SCALE, target.max_scale
-    level = target.level or (LOWEST_LEVEL, objective.loss.highest_level)
-    solution = solve(probe, len(weights), budget, level, bounds)
+    solution = solve(probe, len(weights), budget, target.level, bounds)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
     scales = {name: float(np.exp(t)) for name, t in zip(weights, solution.best.theta, strict=True)}

@@ -45,7 +45,6 @@ class Loss:
     arrays: Any
     mean: bool = True
     analytic_root: ClassVar[bool] = True
-    highest_level: ClassVar[float] = 2.0  # of outputs at initialization that are not worth a correction
 
     def check(self, z: Array, y: Array) -> None:
         """Raises ValueError unless the targets fit the outputs."""
@@ -262,8 +261,6 @@ class Elementwise(Loss):
 
 class Regression(Elementwise):
     """A loss of real targets, whose outputs are measured in the targets' standard deviation."""
-
-    highest_level: ClassVar[float] = 1.0  # where outputs add as much to the loss as the targets
 
     def _unit(self, y: Array) -> float:
         values = self.arrays.numpy(y).astype(np.float64)

@@ -13,7 +13,7 @@ import numpy as np
 
 from hessinit import rules
 from hessinit.batches import Batches, inputs_and_targets, random_states_kept
-from hessinit.calibration import MAX_SCALE, Calibration, Target, calibrate, take
+from hessinit.calibration import LEVEL, MAX_SCALE, Calibration, Target, calibrate, take
 from hessinit.calibration import check as check_target
 from hessinit.draw import check_distribution, draw, stream
 from hessinit.layout import Fans
@@ -41,7 +41,7 @@ class Options(TypedDict, total=False):
     exclude: Globs | None
     forward: Forward | None
     num_samples: int | None
-    level: tuple[float, float] | None
+    level: tuple[float, float]
     budget: float | tuple[float, float] | None
     max_scale: float
     progress: bool | None
@@ -80,7 +80,7 @@ def init_(
     exclude: Globs | None = None,
     forward: Forward | None = None,
     num_samples: int | None = None,
-    level: tuple[float, float] | None = None,
+    level: tuple[float, float] = LEVEL,
     budget: float | tuple[float, float] | None = None,
     max_scale: float = MAX_SCALE,
     progress: bool | None = None,
@@ -133,8 +133,7 @@ def init_(
         num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
             Default 256, or fewer of texts and label images: 2048 loss terms, at least 32 samples.
         level: lowest and highest root mean square of the class-centred logits (regression: of the outputs, in standard
-            deviations of the targets). Default (0.3, 2.0); of regression (0.3, 1.0), where outputs begin to cost as
-            much as the targets.
+            deviations of the targets). Default (0.3, 1.0).
         budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional
             steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
             do not shrink as it does.

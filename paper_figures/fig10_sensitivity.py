@@ -43,6 +43,8 @@ STUDY = (
     (HELD_OUT, "mlp12", "relu", 25_600, 1, 3),
     (HELD_OUT, "mlp_wide", "gelu", 25_600, 1, 3),
     (HELD_OUT, "charlm", "gelu", 12_800, 1, 2),
+    (HELD_OUT, "resnet", "relu", 12_800, 1, 2),
+    (HELD_OUT, "vit", "gelu", 12_800, 1, 2),
 )
 
 

@@ -115,11 +115,11 @@ def test_the_way_is_the_flow_of_the_trace_at_constant_level():
 
 
 def test_a_level_outside_its_band_is_brought_back():
-    for level in (5.0, 0.05):
+    for level, inside in (5.0, 0.74), (0.05, 0.405):  # a quarter of the band from the edge
         net = Homogeneous([4, 2, 1], level=level)
-        solution = solve(net, 3, 0.1 * (0.55 / level) ** (4 / 3))
+        solution = solve(net, 3, 0.1 * (inside / level) ** (4 / 3))
         assert solution.met
-        assert 0.4 < solution.best.level < 0.75  # about the middle of the band
+        assert solution.best.level == pytest.approx(inside, rel=0.1)
     assert solve(Homogeneous([4, 2, 1], level=0.9), 3, 0.2).best.level == pytest.approx(0.9)
 
 
@@ -128,6 +128,41 @@ def test_where_bounds_leave_no_way_the_level_rises_to_the_middle_of_its_band_and
     assert high.best.level == pytest.approx(0.9)
     assert low.best.level == pytest.approx(0.3**0.5, rel=0.02)
     assert solve(Homogeneous([1, 1]), 2, 1e-6).best.level == pytest.approx(0.3, rel=0.02)
+
+
+def test_a_sharpness_above_its_range_is_lowered_by_the_level_as_far_as_its_band_allows():
+    solution = budget.solve(Homogeneous([4, 2, 1], sharpness=4.0, level=0.9), 3, (0.7, 2.0), (0.3, 1.0), SCALES)
+    assert solution.met
+    assert solution.best.theta == pytest.approx(np.full(3, solution.best.theta[0]))
+    assert 0.3 < solution.best.level < 0.9
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_a_step_up_is_for_the_lower_end_of_the_range(power):
+    net = Homogeneous([40, 2, 1], sharpness=0.01, power=power)
+    solution = budget.solve(net, 3, (0.7, 2.0), (0.3, 1.0), SCALES)
+    assert solution.met
+    assert abs(math.log(solution.best.sharpness / 0.7)) < budget.OVERSHOT
+
+
+def test_the_trace_of_a_saturating_net_is_not_raised_by_growing_all_weights():
+    class Chaotic(Homogeneous):
+        """Tanh holds the outputs, while traces grow with all scales."""
+
+        def shares(self, theta):
+            return self.traces * np.exp(2 * theta.sum() - 0.2 * theta)
+
+        def measure(self, theta):
+            rho, _ = super().measure(theta)
+            return rho, self.r
+
+        def slopes(self):
+            shares = self.shares(self.theta)
+            return 2 - 0.2 * shares / shares.sum(), np.full(len(shares), 1e-9)
+
+    solution = solve(Chaotic([1, 2, 4, 8]), 4, 0.15)
+    assert solution.best.sharpness >= 0.1
+    assert solution.best.theta.sum() <= 1e-9
 
 
 def test_a_norm_takes_the_budget_by_shrinking_the_weights_before_it():
