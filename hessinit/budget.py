@@ -210,10 +210,12 @@ def _step(
     change -= float(trace @ (there - step))
     if outside == 0 and abs(change) > TOLERANCE / 2:
         on = _walk(there, trace, [], change, low, high, trust) - there
-        moved = float(level @ on)
+        moved, grown = float(level @ on), float(on.sum())
         if abs(float(trace @ on)) > abs(moved) / 2:  # else it would be the level that changes
-            allowed = room[1] if moved > 0 else room[0]
-            there = there + on * min(1.0, allowed / moved if abs(moved) > 1e-9 else 1.0)
+            share = (room[1] if moved > 0 else room[0]) / moved if abs(moved) > 1e-9 else 1.0
+            if change > 0 and grown > 0:
+                share = min(share, max(room[1] - float((theta + there).sum()), 0.0) / grown)
+            there = there + on * min(1.0, share)
     return there
 
 

@@ -162,7 +162,7 @@ def test_the_trace_of_a_saturating_net_is_not_raised_by_growing_all_weights():
 
     solution = solve(Chaotic([1, 2, 4, 8]), 4, 0.15)
     assert solution.best.sharpness >= 0.1
-    assert solution.best.theta.sum() <= 1e-9
+    assert solution.best.theta.sum() <= math.log(0.3**0.5 / 0.5)  # the room up to the middle of the level's band
 
 
 def test_a_norm_takes_the_budget_by_shrinking_the_weights_before_it():
