@@ -124,9 +124,11 @@ class NetworkProbe:
 
     def measure(self, theta: Vector) -> tuple[float, float]:
         """Step sharpness and level at these log scales: two passes."""
-        gradient, step = self._first_step(theta)
-        grown = {name: self.step.growth.get(name, 1.0) * d for name, d in step.items()}
-        gain, form, level = self._along(grown, gradient)
+        gains, step = self._first_step(theta)
+        growth = {name: self.step.growth.get(name, 1.0) for name in step}
+        gain = sum(growth[name] * gains[name] for name in gains)
+        grown = {name: step.pop(name) if by == 1.0 else by * step.pop(name) for name, by in growth.items()}
+        form, level = self._along(grown)
         return (form / abs(gain) if gain else float("nan")), level
 
     def slopes(self) -> tuple[Vector, Vector]:
@@ -142,16 +144,17 @@ class NetworkProbe:
                 lambda v: loss.level(v["z"], chunk.targets)[0], {"z": z}
             )  # in z alone
             risen = pull(slope["z"])
+            level_slope = np.array([self.arrays.dot(values[n], risen[n]) / 2 for n in names])
             c = self._rooted(chunk, z, rng)
             pulled = pull(c)
             u = {name: pulled[name] for name in self.trained}
-            del pull, pulled  # and what the forward pass has kept for them
+            del risen, pull, pulled  # and what the forward pass has kept for them
             _, bent = self.derivatives.hvp(lambda v: self.arrays.sum(chunk.outputs(v) * c), values, u, names)
             return z, {
                 "trace": sum(self.arrays.dot(x, x) for x in u.values()),
                 "trace slope": np.array([2 * self.arrays.dot(values[n], bent[n]) for n in names]),
                 "level": float(self.arrays.numpy(square)),
-                "level slope": np.array([self.arrays.dot(values[n], risen[n]) / 2 for n in names]),
+                "level slope": level_slope,
             }
 
         found = self.objective.over_data(work)
@@ -160,8 +163,8 @@ class NetworkProbe:
     def describe(self, point: Point) -> State:
         """Everything the report says of a point that was measured: less than four passes."""
         self.passes += GRADIENT + 2 * FORWARD
-        gradient, step = self._first_step(point.theta)
-        gain, form, _ = self._along(step, gradient)
+        gains, step = self._first_step(point.theta)
+        form, _ = self._along(step)
         rng = self.objective.probe_stream(0)
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
@@ -179,12 +182,13 @@ class NetworkProbe:
         actual = self.objective.value() - loss
         self.objective.placed = placed
         units = {name: _silent(squares) for name, squares in found["units"].items()}
-        return State(loss, point.sharpness, point.level, gain + form / 2, actual, found["curvature"], units)
+        return State(loss, point.sharpness, point.level, sum(gains.values()) + form / 2, actual, found["curvature"], units)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def _place(self, theta: Vector) -> None:
-        scaled = {name: w * float(np.exp(t)) for (name, w), t in zip(self.base.items(), theta, strict=True)}
+        scales = zip(self.base.items(), np.exp(theta), strict=True)
+        scaled = {name: w if scale == 1 else w * float(scale) for (name, w), scale in scales}
         self.objective.placed = {**self.others, **scaled}
 
     def _values(self) -> dict[str, Array]:
@@ -194,14 +198,15 @@ class NetworkProbe:
         self.passes += GRADIENT
         return self.objective.gradient(self.trained)
 
-    def _first_step(self, theta: Vector) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Gradient and first step at these log scales, at which the net then stands."""
+    def _first_step(self, theta: Vector) -> tuple[dict[str, float], dict[str, Array]]:
+        """``gᵀΔ`` by parameter and the first step Δ at these log scales, at which the net then stands."""
         self._place(theta)
         gradient = self._gradient()
-        return gradient, self.step.update(gradient, self._values())
+        step = self.step.update(gradient, self._values())
+        return {name: self.arrays.dot(gradient[name], step[name]) for name in self.trained}, step
 
-    def _along(self, step: Named, gradient: Named) -> tuple[float, float, float]:
-        """``gᵀΔ``, ``ΔᵀGΔ`` and the level: one forward-mode pass."""
+    def _along(self, step: Named) -> tuple[float, float]:
+        """``ΔᵀGΔ`` and the level: one forward-mode pass."""
         self.passes += GRADIENT
         loss = self.objective.loss
 
@@ -212,8 +217,7 @@ class NetworkProbe:
             return z, np.array([form, float(self.arrays.numpy(square)), number])
 
         form, square, number = self.objective.over_data(work)
-        gain = sum(self.arrays.dot(gradient[name], step[name]) for name in self.trained)
-        return float(gain), float(form), float(np.sqrt(square / number))
+        return float(form), float(np.sqrt(square / number))
 
     def _rooted(self, chunk: Chunk, z: Array, rng: np.random.Generator) -> Array:
         """``R ε``. Where a loss has no root, ``D²_z ℓ ε`` of the length that its root would give on the whole."""

@@ -216,8 +216,9 @@ def _updates(
     private.state = type(optimizer.state)(dict)
     for p, state in {} if fresh else optimizer.state.items():
         private.state[copies[id(p)]] = {key: widened(value) for key, value in state.items()}
-    for gradient in gradients:
-        before = {name: copies[id(p)].detach().clone() for name, p in tensors.items() if id(p) in copies}
+    begun = {name: placed.get(id(p), p) for name, p in tensors.items() if id(p) in copies}
+    for k, gradient in enumerate(gradients):
+        before = {name: copies[id(tensors[name])].detach().clone() if k else p.detach() for name, p in begun.items()}
         for name, p in tensors.items():
             if id(p) in copies:
                 copies[id(p)].grad = gradient[name].detach().to(wide(p.dtype), copy=True)

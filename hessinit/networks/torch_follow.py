@@ -144,7 +144,9 @@ class _Tracer(TorchFunctionMode):
     def _input_moment(self, given: list[torch.Tensor]) -> float | None:
         """E x² of the data that meets its first weight here; None for indices and the like."""
         data = [t for t in given if id(t) not in self.names and t.is_floating_point() and t.ndim > 0]
-        return float(data[0].detach().double().square().mean()) if data else None
+        if not data:
+            return None
+        return float(torch.linalg.vector_norm(data[0].detach(), dtype=torch.float64)) ** 2 / max(data[0].numel(), 1)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self.inside += 1
