@@ -98,11 +98,11 @@ def init_(
     **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs
     stay at a sensible level; among all ways to do so, by the one that changes the trace of G most
-    (:mod:`hessinit.budget`). A ρ between c and 2, where a step gains nothing, is left as it is. Δ is
-    computed by a private copy of the optimizer, with its weight decay and parameter groups; momentum counts with the
-    step of its steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak learning rate. The batch goes
-    through the model in training mode, without dropout. It takes at most 60 gradient passes over the batch, mostly 20
-    to 35.
+    (:mod:`hessinit.budget`). A ρ between c and 2, where a step gains nothing, is left as it is; above, it is lowered by
+    the level first. Δ is computed by a private copy of the optimizer, with its weight decay and parameter groups;
+    momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak learning
+    rate. The batch goes through the model in training mode, without dropout. It takes at most 60 gradient passes over
+    the batch, mostly 20 to 40.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
     error, or an interruption, leaves every parameter as it was. Frozen parameters are left unless ``include`` names
