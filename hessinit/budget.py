@@ -34,6 +34,7 @@ MAX_PROBES = 8
 TRUST = 1.5  # largest change of a log scale between two probes
 SLACK = 0.02  # of log r: the first order does not stop at an edge exactly
 OVERSHOT = 0.4  # of log ρ above the lower end: a step up is for the lower end, not for what lies beyond
+INSIDE = 0.25  # of the level's band: how far beyond its edge the way back aims
 STILL = 0.02  # length of a step that changes nothing
 RATIO = 0.2, 3.0  # what a secant may say of d log ρ / d log T
 
@@ -168,9 +169,9 @@ def _off(point: Point, goals: tuple[float, float]) -> float:
 
 
 def _outside(point: Point, band: tuple[float, float]) -> float:
-    """What log r lacks to be in its band: 0 inside, else the way to the middle, as the way is of first order only."""
-    r = math.log(point.level)
-    return 0.0 if band[0] - SLACK <= r <= band[1] + SLACK else sum(band) / 2 - r
+    """What log r lacks to be in its band: 0 inside, else the way to well inside, as the way is of first order only."""
+    r, margin = math.log(point.level), INSIDE * (band[1] - band[0])
+    return 0.0 if band[0] - SLACK <= r <= band[1] + SLACK else float(np.clip(r, band[0] + margin, band[1] - margin)) - r
 
 
 def _secant(before: Point, now: Point, predicted: float, ratio: float) -> float:
