@@ -14,7 +14,7 @@ import numpy as np
 from hessinit.batches import Batches, inputs_and_targets
 from hessinit.budget import Solution, solve
 from hessinit.draw import stream
-from hessinit.networks.base import Array, Arrays, Named
+from hessinit.networks.base import Array, Arrays, Group, Named
 from hessinit.objective import Forward, Objective
 from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
 
@@ -120,6 +120,7 @@ def calibrate(
     weights: Mapping[str, Any],
     others: Mapping[str, Any],
     seed: int,
+    group: Group,
 ) -> Calibration:
     """The scales of some weights for a model's optimizer; nothing is written.
 
@@ -132,9 +133,12 @@ def calibrate(
         weights: by name, at scale one: arrays of NumPy or the framework.
         others: values of other parameters that stand for the model's own.
         seed: of the samples taken and of random signs.
+        group: processes that share the batch.
     """
     training = None if getattr(model, "training", True) else True
-    objective = Objective(function, model, batch, target.loss, target.forward, None, training, False, seed, False)
+    objective = Objective(
+        function, model, batch, target.loss, target.forward, None, training, False, seed, False, group
+    )
     arrays, network = objective.network.arrays, objective.network
 
     def placed(values: Mapping[str, Any]) -> dict[str, Array]:
@@ -156,6 +160,7 @@ def calibrate(
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
     scales = {name: float(np.exp(t)) for name, t in zip(weights, solution.best.theta, strict=True)}
+    samples = int(group.sum({"samples": samples})["samples"])
     return Calibration(scales, budget, solution, before, after, probe.passes, samples, bounds)
 
 

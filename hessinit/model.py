@@ -18,7 +18,7 @@ from hessinit.calibration import check as check_target
 from hessinit.draw import check_distribution, draw, stream
 from hessinit.layout import Fans
 from hessinit.networks import wrap
-from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Follower, Network, Parameter
+from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Follower, Group, Network, Parameter
 from hessinit.objective import Forward
 from hessinit.report import Report, Row
 
@@ -44,6 +44,7 @@ class Options(TypedDict, total=False):
     level: tuple[float, float]
     budget: float | tuple[float, float] | None
     max_scale: float
+    process_group: Any
     progress: bool | None
 
 
@@ -83,6 +84,7 @@ def init_(
     level: tuple[float, float] = LEVEL,
     budget: float | tuple[float, float] | None = None,
     max_scale: float = MAX_SCALE,
+    process_group: Any = None,
     progress: bool | None = None,
     return_report: bool = False,
 ) -> Any:
@@ -138,6 +140,10 @@ def init_(
             steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
             do not shrink as it does.
         max_scale: largest factor on a weight, at least 1; the smallest is 1/20. Default 4.
+        process_group: torch models: a ``torch.distributed`` group whose processes all make this call, each with its
+            share of the batch, and end with the same weights: the seed is the first process's, the budget is measured
+            on all shares, and an error in one raises in all before anything is written. Default: the group of a model
+            in ``DistributedDataParallel``; else this process is alone.
         progress: whether to show a bar over the batches of a loader. Default: where standard error is a terminal.
         return_report: whether to return ``(model, report)``. Default False.
 
@@ -176,48 +182,52 @@ def init_(
     if base not in (CLOSED_FORM, CURRENT):
         raise ValueError(f"{function}: base must be {CLOSED_FORM!r} or {CURRENT!r}; got {base!r}.")
     check_distribution(distribution, function)
-    network = wrap(model, function)
-    loss, optimizer = _known(function, network, batch, loss, lr, optimizer)
-    calibrated = lr is not None or optimizer is not None
-    target = Target(loss, lr, optimizer, budget, level, max_scale, num_samples, forward)
-    check_target(function, target)
-    activation = network.nonlinearity(nonlinearity)
-    rules.gain(activation)
-    seed = _seed(network, generator, seed)
-    data, samples = _taken(function, network, batch, num_samples, seed, progress) if calibrated else (batch, 0)
-    inputs = _inputs(data, calibrated, forward)
-    with _forward_errors(inputs):
-        network.prepare(inputs, function)
-    parameters = network.parameters()
-    left = _left_alone(parameters, include, exclude)
-    rows: dict[str, Row] = {}
-    values: dict[str, Any] = {}
-    if base == CURRENT:
-        _keep(network, parameters, left, rows, values)
-    else:
+    outer = wrap(model, function)
+    group, inner = outer.group(process_group), outer.inner()
+    network = wrap(inner, function)
+    with group.together():
+        loss, optimizer = _known(function, network, batch, loss, lr, optimizer)
+        calibrated = lr is not None or optimizer is not None
+        target = Target(loss, lr, optimizer, budget, level, max_scale, num_samples, forward)
+        check_target(function, target)
+        activation = network.nonlinearity(nonlinearity)
+        rules.gain(activation)
+        seed = group.first(_seed(network, generator, seed))
+        wanted = None if num_samples is None else -(-num_samples // group.size)
+        data, samples = _taken(function, network, batch, wanted, seed, progress) if calibrated else (batch, 0)
+        inputs = _inputs(data, calibrated, forward)
         with _forward_errors(inputs):
-            followers = network.followers(inputs)
-        if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
-            raise ValueError("init_: batch must be finite; got NaN or infinity in the inputs.")
-        assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation)
-        for p in parameters:
-            if p.name in left:
-                rows[p.name] = _row(p, touched=False, note=left[p.name])
-            else:
-                values[p.name], rows[p.name] = _drawn(p, followers.get(p.name, assumed), distribution, seed)
-    calibration = None
-    if calibrated:
-        weights = {p.name: values[p.name] for p in parameters if p.role == WEIGHT and p.name in values}
-        weights = {name: w for name, w in weights.items() if np.any(w)}
-        if not weights:
-            raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
-        others = {name: v for name, v in values.items() if name not in weights}
-        calibration = calibrate(function, model, data, samples, target, weights, others, seed)
-        for name, scale in calibration.scales.items():
-            values[name] = values[name] * np.asarray(scale, values[name].dtype)
-            rows[name] = _scaled(rows[name], calibration, name)
+            network.prepare(inputs, function)
+        parameters = network.parameters()
+        left = _left_alone(parameters, include, exclude)
+        rows: dict[str, Row] = {}
+        values: dict[str, Any] = {}
         if base == CURRENT:
-            values = {name: values[name] for name in weights}
+            _keep(network, parameters, left, rows, values)
+        else:
+            with _forward_errors(inputs):
+                followers = _shared(group, network.followers(inputs))
+            if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
+                raise ValueError("init_: batch must be finite; got NaN or infinity in the inputs.")
+            assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation)
+            for p in parameters:
+                if p.name in left:
+                    rows[p.name] = _row(p, touched=False, note=left[p.name])
+                else:
+                    values[p.name], rows[p.name] = _drawn(p, followers.get(p.name, assumed), distribution, seed)
+        calibration = None
+        if calibrated:
+            weights = {p.name: values[p.name] for p in parameters if p.role == WEIGHT and p.name in values}
+            weights = {name: w for name, w in weights.items() if np.any(w)}
+            if not weights:
+                raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
+            others = {name: v for name, v in values.items() if name not in weights}
+            calibration = calibrate(function, inner, data, samples, target, weights, others, seed, group)
+            for name, scale in calibration.scales.items():
+                values[name] = values[name] * np.asarray(scale, values[name].dtype)
+                rows[name] = _scaled(rows[name], calibration, name)
+            if base == CURRENT:
+                values = {name: values[name] for name in weights}
     _write(network, values)
     drawn = distribution if base == CLOSED_FORM else None
     report = Report(tuple(rows[p.name] for p in parameters), seed, drawn, calibration)
@@ -285,6 +295,13 @@ def _taken(
             return take(Batches(batch, network.arrays.is_array, progress), num_samples, network.arrays, seed)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{function}: {str(error).rstrip('.')}.") from error
+
+
+def _shared(group: Group, followers: Mapping[str, Follower]) -> dict[str, Follower]:
+    """With the mean square of the inputs of all processes."""
+    moments = {name: f.input_moment for name, f in followers.items() if f.input_moment is not None}
+    total = group.sum(moments) if moments else {}
+    return {n: replace(f, input_moment=total[n] / group.size) if n in total else f for n, f in followers.items()}
 
 
 def _keep(
@@ -387,7 +404,7 @@ def _forward_errors(inputs: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if inputs is None:
+        if inputs is None or str(error).startswith("init_: "):
             raise
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(

@@ -18,7 +18,7 @@ from hessinit.batches import Batches, inputs_and_targets, random_states_kept
 from hessinit.draw import signs, stream
 from hessinit.losses import Loss
 from hessinit.networks import wrap
-from hessinit.networks.base import Array, Named, Network
+from hessinit.networks.base import Alone, Array, Group, Named, Network
 from hessinit.progress import track
 
 Forward = Callable[[Any, Any], tuple[Any, Any]]
@@ -56,6 +56,7 @@ class Objective:
         training: mode of the modules; None for the framework's usual one.
         dropout: whether dropout acts, with one fixed mask.
         seed: of the model's random choices and of every probe.
+        group: processes over which the data is shared; None for this one alone.
         progress: whether to show a bar; None where standard error is a terminal.
     """
 
@@ -71,12 +72,14 @@ class Objective:
         dropout: bool = False,
         seed: int = 0,
         progress: bool | None = None,
+        group: Group | None = None,
     ) -> None:
         self.function, self.model, self.forward, self.progress = function, model, forward, progress
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"{function}: chunk_size must be a positive integer or None; got {chunk_size!r}.")
         self.chunk_size, self.training, self.dropout, self.seed = chunk_size, training, dropout, seed
         self.network: Network = wrap(model, function)
+        self.group: Group = group or Alone()
         self.splits_checked = chunk_size is None
         self._apply: Callable[[Named, Callable[[], Any]], Any] | None = None
         self._kept: tuple[list[Any], list[Chunk]] | None = None
@@ -199,6 +202,8 @@ class Objective:
                 total = sums if total is None else _add(total, sums)
                 if first:
                     break
+        shared = self.group.sum({"sums": total, "count": count})
+        total, count = shared["sums"], shared["count"]
         if count == 0 and self.loss.mean and not first:
             raise ValueError(f"{self.function}: batch must hold a term of the loss; all are ignored or of weight zero.")
         return _scale(total, 1 / (count or 1.0) if self.loss.mean else 1.0)
@@ -306,7 +311,7 @@ class Objective:
 
     def probe_stream(self, probe: int) -> np.random.Generator:
         """The random numbers of one probe of the trace."""
-        return stream(self.seed, "signs", str(probe))
+        return stream(self.seed, "signs", str(probe), *[self.group.rank] * (self.group.size > 1))
 
     def squares(self, names: Sequence[str], probe: int, reduce: Callable[[Array], Any]) -> dict[str, Any] | None:
         """``Σ reduce(g²)`` over chunks, g = ``Jᵀ R ε`` with random signs ε: unbiased for traces and the diagonal.

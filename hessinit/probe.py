@@ -182,7 +182,8 @@ class NetworkProbe:
         actual = self.objective.value() - loss
         self.objective.placed = placed
         units = {name: _silent(squares) for name, squares in found["units"].items()}
-        return State(loss, point.sharpness, point.level, sum(gains.values()) + form / 2, actual, found["curvature"], units)
+        predicted = sum(gains.values()) + form / 2
+        return State(loss, point.sharpness, point.level, predicted, actual, found["curvature"], units)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,6 +134,37 @@ class Derivatives(Protocol):
         """A scalar ``f(values)`` and the rows of ``D²f tangents``."""
 
 
+class Group(Protocol):
+    """Processes that each hold a share of the data and act as one."""
+
+    rank: int
+    size: int
+
+    def together(self) -> AbstractContextManager[None]:
+        """A context that ends for all processes, or raises in all of them."""
+
+    def sum(self, sums: Any) -> Any:
+        """Sums over processes of numbers, arrays, or dicts of them."""
+
+    def first(self, value: Any) -> Any:
+        """The first process's value."""
+
+
+class Alone:
+    """The :class:`Group` of one process."""
+
+    rank, size = 0, 1
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sum(self, sums: Any) -> Any:
+        return sums
+
+    def first(self, value: Any) -> Any:
+        return value
+
+
 class Network(Protocol):
     """The adapter of one framework around one model."""
 
@@ -159,6 +190,12 @@ class Network(Protocol):
 
     def restore(self, name: str, saved: Any) -> None:
         """Writes a snapshot back, bit for bit."""
+
+    def inner(self) -> Any:
+        """The model inside wrappers that only make it run elsewhere or faster."""
+
+    def group(self, process_group: Any) -> Group:
+        """The processes that act as one; from None those that the model is replicated over, or this one alone."""
 
     def write(self, name: str, values: npt.NDArray[np.floating[Any]]) -> None:
         """Writes values into a parameter, cast to its dtype, on its device."""

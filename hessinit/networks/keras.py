@@ -145,6 +145,14 @@ class KerasNetwork:
     def restore(self, name: str, saved: Any) -> None:
         self._variables[name].assign(saved)
 
+    def inner(self) -> Any:
+        return self.model
+
+    def group(self, process_group: Any) -> base.Group:
+        if process_group is not None:
+            raise TypeError(f"init_: process_group must be None for a Keras model; got {process_group!r}.")
+        return base.Alone()
+
     def write(self, name: str, values: Array) -> None:
         variable = self._variables[name]
         variable.assign(keras.ops.convert_to_tensor(values, dtype=variable.dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ Array = npt.NDArray[np.floating[Any]]
 GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 _CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def accepts(model: object) -> bool:
@@ -86,6 +88,11 @@ class TorchNetwork:
 
     def prepare(self, inputs: Any, function: str) -> None:
         lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in self.model.parameters())
+        if inputs is not None and any(map(_is_sharded, self.model.parameters())):
+            raise ValueError(
+                f"{function}: model must not be sharded where data goes through it; make the call before fully_shard, "
+                "or init_ without a batch"
+            )
         if inputs is not None and lazy:
             trace(self.model, inputs, {})
 
@@ -131,9 +138,25 @@ class TorchNetwork:
         with torch.no_grad():
             self._tensors[name].copy_(saved)
 
+    def inner(self) -> Any:
+        model: Any = self.model
+        while isinstance(model, _PARALLEL) or hasattr(model, "_orig_mod"):  # the latter of torch.compile
+            model = model.module if isinstance(model, _PARALLEL) else model._orig_mod
+        return model
+
+    def group(self, process_group: Any) -> base.Group:
+        replicated = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        group = self.model.process_group if process_group is None and replicated else process_group
+        if group is None:
+            return base.Alone()
+        from hessinit.networks.torch_group import TorchGroup
+
+        return TorchGroup(group)
+
     def write(self, name: str, values: Array) -> None:
+        tensor, new = self._tensors[name], torch.from_numpy(np.ascontiguousarray(values))
         with torch.no_grad():
-            self._tensors[name].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+            tensor.copy_(_sharded_like(tensor, new) if _is_sharded(tensor) else new)
 
     def seed(self, generator: Any) -> int:
         if generator is None:
@@ -182,6 +205,19 @@ class TorchNetwork:
         return base.innermost(error, {id(m): f"{n or 'the model'} ({type(m).__name__})" for n, m in modules})
 
 
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")  # without which there are none
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def _sharded_like(tensor: Any, values: torch.Tensor) -> torch.Tensor:
+    """Values that every process has in full, of which each keeps its own part."""
+    from torch.distributed.tensor import distribute_tensor
+
+    values = values.to(tensor.device, tensor.dtype)
+    return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
 def _updates(
     optimizer: torch.optim.Optimizer, tensors: Named, gradients: Sequence[Named], values: Named, fresh: bool
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -216,9 +252,9 @@ def _updates(
     private.state = type(optimizer.state)(dict)
     for p, state in {} if fresh else optimizer.state.items():
         private.state[copies[id(p)]] = {key: widened(value) for key, value in state.items()}
-    begun = {name: placed.get(id(p), p) for name, p in tensors.items() if id(p) in copies}
+    begun = {name: placed.get(id(p), p.detach()) for name, p in tensors.items() if id(p) in copies}
     for k, gradient in enumerate(gradients):
-        before = {name: copies[id(tensors[name])].detach().clone() if k else p.detach() for name, p in begun.items()}
+        before = {name: copies[id(tensors[name])].detach().clone() if k else p for name, p in begun.items()}
         for name, p in tensors.items():
             if id(p) in copies:
                 copies[id(p)].grad = gradient[name].detach().to(wide(p.dtype), copy=True)

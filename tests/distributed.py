@@ -1,0 +1,70 @@
+"""What each of several processes does in the tests of ``process_group``; run as a script by test_distributed."""
+
+import json
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+import hessinit
+
+
+def net():
+    return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return 3 * torch.randn(256, 20, generator=generator), torch.randint(0, 4, (256,), generator=generator)
+
+
+def result(model):
+    values = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return [v.detach().double().flatten().tolist() for v in values]
+
+
+def calibrated(model, x, y, **options):
+    model, report = hessinit.init_(model, (x, y), "cross_entropy", lr=0.1, return_report=True, **options)
+    return {"weights": result(model), "samples": report.calibration.samples}
+
+
+def main(case, rank, size, path):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{path}/store", rank=rank, world_size=size, timeout=timedelta(seconds=30)
+    )
+    torch.manual_seed(rank)  # processes need not agree
+    model, (x, y), group = net(), data(), dist.group.WORLD
+    x, y = x[rank::size], y[rank::size]
+    before = result(model)
+    try:
+        if case == "plain":
+            said = calibrated(model, x, y, process_group=group, seed=0)
+        elif case == "seedless":
+            said = calibrated(model, x, y, process_group=group)
+        elif case == "replicated":
+            said = calibrated(nn.parallel.DistributedDataParallel(model), x, y, seed=0)
+        elif case == "closed form":
+            said = {"weights": result(hessinit.init_(model, x, seed=0, process_group=group))}
+        elif case == "sharded":
+            fully_shard(model)
+            said = {"weights": result(hessinit.init_(model, seed=0))}
+        elif case == "sharded, budget":
+            fully_shard(model)
+            said = calibrated(model, x, y, process_group=group, seed=0)
+        else:
+            y = y + 4 if case == "bad labels" and rank == 1 else y
+            x = x[:0] if case == "no samples" and rank == 1 else x
+            options = {"max_scale": 0.5} if case == "bad argument" and rank == 1 else {}
+            said = calibrated(model, x, y, process_group=group, seed=0, **options)
+    except Exception as error:
+        said = {"error": f"{type(error).__name__}: {error}", "whole": result(model) == before}
+    with open(f"{path}/{rank}.json", "w") as file:
+        json.dump(said, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

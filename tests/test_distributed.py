@@ -1,0 +1,101 @@
+"""Several processes that share a batch, on real ``torch.distributed`` (gloo)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed
+import numpy as np
+import pytest
+import torch
+
+import hessinit
+
+SCRIPT = Path(__file__).with_name("distributed.py")
+
+
+def together(case, size, path):
+    """What each of some processes said."""
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), case]
+    running = [subprocess.Popen([*command, str(rank), str(size), str(path)]) for rank in range(size)]
+    assert [process.wait(timeout=120) for process in running] == [0] * size
+    return [json.loads((path / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def alone(batch=None, *args, **options):
+    return distributed.result(hessinit.init_(distributed.net(), batch, *args, seed=0, **options))
+
+
+def scales(said):
+    """Root mean squares of the weights, of which a budget changes nothing else."""
+    return [np.sqrt(np.mean(np.square(w))) for w in said if np.any(w)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", ["plain", "replicated"])
+def test_processes_end_with_the_same_weights_and_measure_all_shares(case, size, tmp_path):
+    said = together(case, size, tmp_path)
+    assert all(one == said[0] for one in said)
+    assert said[0]["samples"] == 256
+    whole = alone(distributed.data(), "cross_entropy", lr=0.1)
+    assert scales(said[0]["weights"]) == pytest.approx(scales(whole), rel=0.1)  # other random signs
+    for ours, theirs in zip(said[0]["weights"], whole, strict=True):
+        if np.any(theirs):
+            assert np.corrcoef(ours, theirs)[0, 1] == pytest.approx(1, abs=1e-6)  # the same draw
+
+
+def test_without_a_seed_the_first_process_decides(tmp_path):
+    said = together("seedless", 2, tmp_path)
+    assert said[0] == said[1]
+
+
+def test_the_closed_form_takes_the_scale_of_all_inputs(tmp_path):
+    said = together("closed form", 2, tmp_path)
+    assert said[0] == said[1]
+    x, _ = distributed.data()
+    for ours, theirs in zip(said[0]["weights"], alone(x), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_models_get_the_weights_of_one_process(size, tmp_path):
+    said = together("sharded", size, tmp_path)
+    assert all(one["weights"] == alone() for one in said)
+
+
+def test_the_budget_of_a_sharded_model_is_one_clear_error(tmp_path):
+    for one in together("sharded, budget", 2, tmp_path):
+        assert one["error"].startswith("ValueError: init_: model must not be sharded")
+        assert "before fully_shard" in one["error"]
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("bad labels", "labels"),
+        ("no samples", "batch must not be empty"),
+        ("bad argument", "max_scale must be at least 1"),
+    ],
+)
+def test_a_process_that_fails_makes_all_fail_with_its_message(case, text, tmp_path):
+    here, there = together(case, 2, tmp_path)
+    assert text in there["error"]
+    assert text in here["error"]
+    assert "process 1 of 2" in here["error"]
+    assert here["whole"]
+    assert there["whole"]
+
+
+def test_wrappers_do_not_change_the_draw():
+    plain = alone()
+    for wrap in torch.compile, torch.nn.DataParallel:
+        assert distributed.result(hessinit.init_(wrap(distributed.net()), seed=0)) == plain
+
+
+def test_a_keras_model_has_no_process_group():
+    import keras
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    with pytest.raises(TypeError, match="process_group must be None for a Keras model"):
+        hessinit.init_(model, process_group=object())
