@@ -34,6 +34,7 @@ MAX_PROBES = 8
 TRUST = 1.5  # largest change of a log scale between two probes
 SLACK = 0.02  # of log r: the first order does not stop at an edge exactly
 OVERSHOT = 0.4  # of log ρ above the lower end: a step up is for the lower end, not for what lies beyond
+BACK = 2.0  # of log ρ: what the way back into the level's band may cost
 INSIDE = 0.25  # of the level's band: how far beyond its edge the way back aims
 STILL = 0.02  # length of a step that changes nothing
 RATIO = 0.2, 3.0  # what a secant may say of d log ρ / d log T
@@ -154,7 +155,8 @@ def solve(
             if steeper > ratio * (1 + TOLERANCE):
                 ratio = steeper
                 continue
-        if distance(point) > distance(best) + TOLERANCE / 2:  # too far, by nonlinearity or into what is not finite
+        back = outside != 0 and point.finite and _outside(point, band) == 0
+        if distance(point) > distance(best) + (BACK if back else TOLERANCE / 2):  # too far, or into what is not finite
             trust = float(np.abs(step).max()) / 4
             continue
         ratio = _secant(best, point, float(slopes[0] @ step), ratio)

@@ -121,6 +121,8 @@ def test_a_level_outside_its_band_is_brought_back():
         assert solution.met
         assert solution.best.level == pytest.approx(inside, rel=0.1)
     assert solve(Homogeneous([4, 2, 1], level=0.9), 3, 0.2).best.level == pytest.approx(0.9)
+    # Also where it is a little outside, and the way back costs more sharpness than is missing.
+    assert len(solve(Homogeneous([40, 2, 1], level=1.1), 3, 0.2, scales=(1 / 20, 8)).points) <= 4
 
 
 def test_where_bounds_leave_no_way_the_level_rises_to_the_middle_of_its_band_and_falls_to_its_end():
