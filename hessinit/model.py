@@ -215,9 +215,15 @@ def init_(
                     rows[p.name] = _row(p, touched=False, note=left[p.name])
                 else:
                     values[p.name], rows[p.name] = _drawn(p, followers.get(p.name, assumed), distribution, seed)
+            for p in parameters:
+                if p.derived and p.name in values:
+                    parts = network.originals(p.name, values[p.name])
+                    values |= parts
+                    rows |= {n: replace(rows[n], touched=True, note=f"set with {p.name}") for n in parts if n != p.name}
         calibration = None
         if calibrated:
-            weights = {p.name: values[p.name] for p in parameters if p.role == WEIGHT and p.name in values}
+            scaled = [p.name for p in parameters if p.role == WEIGHT and p.name in values and p.proportional]
+            weights = {name: values[name] for name in scaled}
             weights = {name: w for name, w in weights.items() if np.any(w)}
             if not weights:
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
@@ -313,8 +319,9 @@ def _keep(
 ) -> None:
     """The present weights as the base; every other parameter stays."""
     for p in parameters:
-        if p.name in left or p.role != WEIGHT:
-            rows[p.name] = _row(p, touched=False, note=left.get(p.name, "left: not a weight"))
+        if p.name in left or p.role != WEIGHT or p.derived:
+            note = f"left: parametrized by {p.derived}" if p.derived else "left: not a weight"
+            rows[p.name] = _row(p, touched=False, note=left.get(p.name, note))
             continue
         values[p.name] = np.array(network.arrays.numpy(network.values([p.name])[p.name]))
         assert p.layout is not None  # of every weight
@@ -340,6 +347,8 @@ def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int) -> tu
     if p.zero_row is not None:
         values[p.zero_row] = 0
         note += f", row {p.zero_row} (padding) zero"
+    if p.derived:
+        note += f" through {p.derived}"
     row = _row(
         p,
         touched=True,

@@ -145,6 +145,9 @@ class KerasNetwork:
     def restore(self, name: str, saved: Any) -> None:
         self._variables[name].assign(saved)
 
+    def originals(self, name: str, weight: Any) -> dict[str, Any]:
+        raise AssertionError(f"no weight of a Keras model is derived: {name}")
+
     def inner(self) -> Any:
         return self.model
 
