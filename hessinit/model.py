@@ -39,6 +39,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     include: Globs | None
     exclude: Globs | None
+    residual_branches: Globs | None
     forward: Forward | None
     num_samples: int | None
     level: tuple[float, float]
@@ -79,6 +80,7 @@ def init_(
     seed: int | None = None,
     include: Globs | None = None,
     exclude: Globs | None = None,
+    residual_branches: Globs | None = None,
     forward: Forward | None = None,
     num_samples: int | None = None,
     level: tuple[float, float] = LEVEL,
@@ -131,6 +133,9 @@ def init_(
             calls with no other draw between them give the same weights.
         include: name glob or globs; only parameters that match one are set. Default: all.
         exclude: name glob or globs; parameters that match one are left.
+        residual_branches: name glob or globs of the weights that end the branches of a residual net without norms, one
+            a branch: each of L gets ``1 / sqrt(L)`` of the closed form's scale, so that the sum of all branches is as
+            large as one. Default: none.
         forward: function of (model, batch) that returns (outputs, targets), for batches of any structure.
         num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
             Default 256, or fewer of texts and label images: 2048 loss terms, at least 32 samples.
@@ -200,6 +205,8 @@ def init_(
             network.prepare(inputs, function)
         parameters = network.parameters()
         left = _left_alone(parameters, include, exclude)
+        ends = _matches(parameters, residual_branches, "residual_branches") or set()
+        ends = {p.name for p in parameters if p.name in ends and p.role == WEIGHT}
         rows: dict[str, Row] = {}
         values: dict[str, Any] = {}
         if base == CURRENT:
@@ -214,7 +221,9 @@ def init_(
                 if p.name in left:
                     rows[p.name] = _row(p, touched=False, note=left[p.name])
                 else:
-                    values[p.name], rows[p.name] = _drawn(p, followers.get(p.name, assumed), distribution, seed)
+                    branches = len(ends) if p.name in ends else 1
+                    follower = followers.get(p.name, assumed)
+                    values[p.name], rows[p.name] = _drawn(p, follower, distribution, seed, branches)
             for p in parameters:
                 if p.derived and p.name in values:
                     parts = network.originals(p.name, values[p.name])
@@ -332,8 +341,8 @@ def _keep(
         rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
 
 
-def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int) -> tuple[Any, Row]:
-    """The closed form's values of one parameter."""
+def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int, branches: int) -> tuple[Any, Row]:
+    """The closed form's values of one parameter, the end of one of so many residual branches."""
     if p.role in (BIAS, NORM_OFFSET, NORM_SCALE):
         value = 1.0 if p.role == NORM_SCALE else 0.0
         return np.full(p.shape, value, np.float32), _row(p, touched=True, note=f"set to {value:g}")
@@ -341,6 +350,8 @@ def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int) -> tu
     fans = p.layout.fans(p.shape)
     gain = rules.gain(follower.function, depth=follower.depth)
     std, note = _std(fans, gain, follower)
+    if branches > 1:
+        std, note = std / math.sqrt(branches), f"{note}, one of {branches} branches"
     wide = np.float64 if p.dtype == "float64" else np.float32
     values = draw(p.shape, p.layout, std, distribution, stream(seed, p.key), wide)
     std_drawn = _rms(values)

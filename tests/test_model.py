@@ -370,6 +370,37 @@ def test_an_error_or_interruption_restores_every_tensor(monkeypatch, error, at):
     assert same(before, state(net))
 
 
+class Blocks(nn.Module):
+    """Residual blocks without norms."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)) for _ in range(count)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_residual_branches_keep_the_signal_of_fifty_blocks(traced):
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+
+    def growth(**options):
+        net, report = hessinit.init_(Blocks(50), x if traced else None, seed=0, return_report=True, **options)
+        return (net(x).std() / x.std()).item(), report
+
+    kept, report = growth(residual_branches="blocks.*.2.weight")
+    assert 0.7 < kept < 3
+    assert growth()[0] > 1e4
+    assert sum(row.note.endswith("one of 50 branches") for row in report) == 50
+    with pytest.raises(ValueError, match="residual_branches must match a parameter; 'nothing' matches none"):
+        hessinit.init_(Blocks(1), residual_branches="nothing")
+
+
 def test_the_report_prints_and_saves_every_row(tmp_path):
     net = mlp()
     _, report = hessinit.init_(net, seed=7, return_report=True)
