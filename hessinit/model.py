@@ -7,6 +7,7 @@ import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     include: Globs | None
     exclude: Globs | None
     residual_branches: Globs | None
+    forget_bias: float | None
     forward: Forward | None
     num_samples: int | None
     level: tuple[float, float]
@@ -81,6 +83,7 @@ def init_(
     include: Globs | None = None,
     exclude: Globs | None = None,
     residual_branches: Globs | None = None,
+    forget_bias: float | None = None,
     forward: Forward | None = None,
     num_samples: int | None = None,
     level: tuple[float, float] = LEVEL,
@@ -136,6 +139,8 @@ def init_(
         residual_branches: name glob or globs of the weights that end the branches of a residual net without norms, one
             a branch: each of L gets ``1 / sqrt(L)`` of the closed form's scale, so that the sum of all branches is as
             large as one. Default: none.
+        forget_bias: of the forget gates of LSTM layers. Default: the framework's, 0 in PyTorch, and 1 in Keras where
+            ``unit_forget_bias``. Other biases become 0.
         forward: function of (model, batch) that returns (outputs, targets), for batches of any structure.
         num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
             Default 256, or fewer of texts and label images: 2048 loss terms, at least 32 samples.
@@ -186,6 +191,8 @@ def init_(
     function = "init_"
     if base not in (CLOSED_FORM, CURRENT):
         raise ValueError(f"{function}: base must be {CLOSED_FORM!r} or {CURRENT!r}; got {base!r}.")
+    if forget_bias is not None and not (isinstance(forget_bias, Real) and math.isfinite(forget_bias)):
+        raise ValueError(f"{function}: forget_bias must be a finite number or None; got {forget_bias!r}.")
     check_distribution(distribution, function)
     outer = wrap(model, function)
     group, inner = outer.group(process_group), outer.inner()
@@ -223,7 +230,7 @@ def init_(
                 else:
                     branches = len(ends) if p.name in ends else 1
                     follower = followers.get(p.name, assumed)
-                    values[p.name], rows[p.name] = _drawn(p, follower, distribution, seed, branches)
+                    values[p.name], rows[p.name] = _drawn(p, follower, distribution, seed, branches, forget_bias)
             for p in parameters:
                 if p.derived and p.name in values:
                     parts = network.originals(p.name, values[p.name])
@@ -341,11 +348,19 @@ def _keep(
         rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
 
 
-def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int, branches: int) -> tuple[Any, Row]:
+def _drawn(
+    p: Parameter, follower: Follower, distribution: str, seed: int, branches: int, forget_bias: float | None
+) -> tuple[Any, Row]:
     """The closed form's values of one parameter, the end of one of so many residual branches."""
     if p.role in (BIAS, NORM_OFFSET, NORM_SCALE):
         value = 1.0 if p.role == NORM_SCALE else 0.0
-        return np.full(p.shape, value, np.float32), _row(p, touched=True, note=f"set to {value:g}")
+        values, note = np.full(p.shape, value, np.float32), f"set to {value:g}"
+        if p.forget is not None:
+            start, stop, own = p.forget
+            forget = own if forget_bias is None else float(forget_bias)
+            values[start:stop] = forget
+            note += f", forget gate {forget:g}" if forget else ""
+        return values, _row(p, touched=True, note=note)
     assert p.layout is not None  # of every weight that is chosen, see _left_alone
     fans = p.layout.fans(p.shape)
     gain = rules.gain(follower.function, depth=follower.depth)

@@ -370,6 +370,21 @@ def test_an_error_or_interruption_restores_every_tensor(monkeypatch, error, at):
     assert same(before, state(net))
 
 
+def test_the_bias_of_forget_gates_is_an_option():
+    for net, count in (nn.LSTM(3, 4, num_layers=2, bidirectional=True), 4), (nn.LSTMCell(3, 4), 1):
+        _, report = hessinit.init_(net, seed=0, forget_bias=1.5, return_report=True)
+        assert sum(row.note == "set to 0, forget gate 1.5" for row in report) == count
+        for name, bias in net.named_parameters():
+            if "bias" in name:
+                expected = torch.zeros(16)
+                expected[4:8] = 1.5 if "bias_ih" in name else 0.0
+                assert torch.equal(bias, expected)
+        hessinit.init_(net, seed=0)
+        assert all(not bias.any() for name, bias in net.named_parameters() if "bias" in name)
+    with pytest.raises(ValueError, match="forget_bias must be a finite number or None; got nan"):
+        hessinit.init_(nn.LSTM(3, 4), forget_bias=math.nan)
+
+
 class Blocks(nn.Module):
     """Residual blocks without norms."""
 

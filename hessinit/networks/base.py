@@ -38,6 +38,7 @@ class Parameter:
         differentiable: whether it has values of a real floating-point type.
         left: why no call may write it (not materialised, parametrized, ...), or "".
         zero_row: index on the first axis that stays zero (an embedding's padding), or None.
+        forget: of the bias of an LSTM, where its forget gate starts and stops, and the framework's own value there.
         derived: what computes a weight from this parameter and others, of which this is the first, or "". Shape and
             layout are those of the weight.
         proportional: whether the weight is proportional to this parameter.
@@ -55,6 +56,7 @@ class Parameter:
     differentiable: bool = True
     left: str = ""
     zero_row: int | None = None
+    forget: tuple[int, int, float] | None = None
     derived: str = ""
     proportional: bool = True
 

@@ -65,6 +65,12 @@ def _role(module: nn.Module, name: str) -> str:
     return base.BIAS if isinstance(module, known) and "bias" in name and name[-2:] not in ("_k", "_v") else base.OTHER
 
 
+def _forget(module: nn.Module, name: str) -> tuple[int, int, float] | None:
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)) and name.startswith("bias_ih"):  # bias_hh is added to it
+        return module.hidden_size, 2 * module.hidden_size, 0.0
+    return None
+
+
 def _why_left(module: nn.Module, parameter: nn.Parameter) -> str:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return "left: not materialised (run one forward pass first)"
@@ -123,6 +129,7 @@ class TorchNetwork:
                     differentiable=not lazy and not parameter.is_meta and parameter.is_floating_point(),
                     left=_why_left(module, parameter),
                     zero_row=padding if isinstance(padding, int) else None,
+                    forget=_forget(module, local),
                 )
             )
         return found
