@@ -7,6 +7,7 @@ import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
@@ -39,6 +40,8 @@ class Options(TypedDict, total=False):
     seed: int | None
     include: Globs | None
     exclude: Globs | None
+    residual_branches: Globs | None
+    forget_bias: float | None
     forward: Forward | None
     num_samples: int | None
     level: tuple[float, float]
@@ -79,6 +82,8 @@ def init_(
     seed: int | None = None,
     include: Globs | None = None,
     exclude: Globs | None = None,
+    residual_branches: Globs | None = None,
+    forget_bias: float | None = None,
     forward: Forward | None = None,
     num_samples: int | None = None,
     level: tuple[float, float] = LEVEL,
@@ -131,6 +136,11 @@ def init_(
             calls with no other draw between them give the same weights.
         include: name glob or globs; only parameters that match one are set. Default: all.
         exclude: name glob or globs; parameters that match one are left.
+        residual_branches: name glob or globs of the weights that end the branches of a residual net without norms, one
+            a branch: each of L gets ``1 / sqrt(L)`` of the closed form's scale, so that the sum of all branches is as
+            large as one. Default: none.
+        forget_bias: of the forget gates of LSTM layers. Default: the framework's, 0 in PyTorch, and 1 in Keras where
+            ``unit_forget_bias``. Other biases become 0.
         forward: function of (model, batch) that returns (outputs, targets), for batches of any structure.
         num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
             Default 256, or fewer of texts and label images: 2048 loss terms, at least 32 samples.
@@ -181,6 +191,8 @@ def init_(
     function = "init_"
     if base not in (CLOSED_FORM, CURRENT):
         raise ValueError(f"{function}: base must be {CLOSED_FORM!r} or {CURRENT!r}; got {base!r}.")
+    if forget_bias is not None and not (isinstance(forget_bias, Real) and math.isfinite(forget_bias)):
+        raise ValueError(f"{function}: forget_bias must be a finite number or None; got {forget_bias!r}.")
     check_distribution(distribution, function)
     outer = wrap(model, function)
     group, inner = outer.group(process_group), outer.inner()
@@ -200,6 +212,8 @@ def init_(
             network.prepare(inputs, function)
         parameters = network.parameters()
         left = _left_alone(parameters, include, exclude)
+        ends = _matches(parameters, residual_branches, "residual_branches") or set()
+        ends = {p.name for p in parameters if p.name in ends and p.role == WEIGHT}
         rows: dict[str, Row] = {}
         values: dict[str, Any] = {}
         if base == CURRENT:
@@ -214,10 +228,18 @@ def init_(
                 if p.name in left:
                     rows[p.name] = _row(p, touched=False, note=left[p.name])
                 else:
-                    values[p.name], rows[p.name] = _drawn(p, followers.get(p.name, assumed), distribution, seed)
+                    branches = len(ends) if p.name in ends else 1
+                    follower = followers.get(p.name, assumed)
+                    values[p.name], rows[p.name] = _drawn(p, follower, distribution, seed, branches, forget_bias)
+            for p in parameters:
+                if p.derived and p.name in values:
+                    parts = network.originals(p.name, values[p.name])
+                    values |= parts
+                    rows |= {n: replace(rows[n], touched=True, note=f"set with {p.name}") for n in parts if n != p.name}
         calibration = None
         if calibrated:
-            weights = {p.name: values[p.name] for p in parameters if p.role == WEIGHT and p.name in values}
+            scaled = [p.name for p in parameters if p.role == WEIGHT and p.name in values and p.proportional]
+            weights = {name: values[name] for name in scaled}
             weights = {name: w for name, w in weights.items() if np.any(w)}
             if not weights:
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
@@ -313,8 +335,9 @@ def _keep(
 ) -> None:
     """The present weights as the base; every other parameter stays."""
     for p in parameters:
-        if p.name in left or p.role != WEIGHT:
-            rows[p.name] = _row(p, touched=False, note=left.get(p.name, "left: not a weight"))
+        if p.name in left or p.role != WEIGHT or p.derived:
+            note = f"left: parametrized by {p.derived}" if p.derived else "left: not a weight"
+            rows[p.name] = _row(p, touched=False, note=left.get(p.name, note))
             continue
         values[p.name] = np.array(network.arrays.numpy(network.values([p.name])[p.name]))
         assert p.layout is not None  # of every weight
@@ -325,21 +348,33 @@ def _keep(
         rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
 
 
-def _drawn(p: Parameter, follower: Follower, distribution: str, seed: int) -> tuple[Any, Row]:
-    """The closed form's values of one parameter."""
+def _drawn(
+    p: Parameter, follower: Follower, distribution: str, seed: int, branches: int, forget_bias: float | None
+) -> tuple[Any, Row]:
+    """The closed form's values of one parameter, the end of one of so many residual branches."""
     if p.role in (BIAS, NORM_OFFSET, NORM_SCALE):
         value = 1.0 if p.role == NORM_SCALE else 0.0
-        return np.full(p.shape, value, np.float32), _row(p, touched=True, note=f"set to {value:g}")
+        values, note = np.full(p.shape, value, np.float32), f"set to {value:g}"
+        if p.forget is not None:
+            start, stop, own = p.forget
+            forget = own if forget_bias is None else float(forget_bias)
+            values[start:stop] = forget
+            note += f", forget gate {forget:g}" if forget else ""
+        return values, _row(p, touched=True, note=note)
     assert p.layout is not None  # of every weight that is chosen, see _left_alone
     fans = p.layout.fans(p.shape)
     gain = rules.gain(follower.function, depth=follower.depth)
     std, note = _std(fans, gain, follower)
+    if branches > 1:
+        std, note = std / math.sqrt(branches), f"{note}, one of {branches} branches"
     wide = np.float64 if p.dtype == "float64" else np.float32
     values = draw(p.shape, p.layout, std, distribution, stream(seed, p.key), wide)
     std_drawn = _rms(values)
     if p.zero_row is not None:
         values[p.zero_row] = 0
         note += f", row {p.zero_row} (padding) zero"
+    if p.derived:
+        note += f" through {p.derived}"
     row = _row(
         p,
         touched=True,

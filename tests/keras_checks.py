@@ -433,3 +433,11 @@ def test_a_net_trains_from_it():
         for name in ("closed_form", "keras_default")
     }
     assert losses["closed_form"] < losses["keras_default"] < math.log(10)
+
+
+@pytest.mark.parametrize(("own", "asked", "expected"), [(True, None, 1.0), (False, None, 0.0), (True, 2.0, 2.0)])
+def test_the_bias_of_forget_gates_is_the_layers_own_or_the_one_asked_for(own, asked, expected):
+    net = keras.Sequential([keras.Input((4, 3)), layers.LSTM(5, unit_forget_bias=own), layers.Dense(2)])
+    hessinit.init_(net, seed=0, forget_bias=asked)
+    bias = numpy(net.layers[0].cell.bias)
+    assert bias.tolist() == [0.0] * 5 + [expected] * 5 + [0.0] * 10

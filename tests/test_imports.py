@@ -17,6 +17,7 @@ ROWS = [
     {"rules", "draw", "batches", "spectrum", "budget"},
     {"networks.base"},
     {"networks.graph", "networks.torch_autodiff", "networks.jax_autodiff", "networks.tensorflow_autodiff"},
+    {"networks.torch_derived"},
     {
         "networks.torch_follow",
         "networks.torch_loss",

@@ -308,9 +308,6 @@ def test_lazy_meta_and_quantised_parameters_are_reported():
     weights = nn.ParameterList([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))])
     _, report = hessinit.init_(weights, return_report=True)
     assert report["0"].note == "left: complex64 is not a real floating-point type"
-    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
-    _, report = hessinit.init_(normed, return_report=True)
-    assert [r.note for r in report if "parametrizations" in r.name] == ["left: parametrized"] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -371,6 +368,52 @@ def test_an_error_or_interruption_restores_every_tensor(monkeypatch, error, at):
         hessinit.init_(net, seed=0)
     assert len(writes) == at + 1
     assert same(before, state(net))
+
+
+def test_the_bias_of_forget_gates_is_an_option():
+    for net, count in (nn.LSTM(3, 4, num_layers=2, bidirectional=True), 4), (nn.LSTMCell(3, 4), 1):
+        _, report = hessinit.init_(net, seed=0, forget_bias=1.5, return_report=True)
+        assert sum(row.note == "set to 0, forget gate 1.5" for row in report) == count
+        for name, bias in net.named_parameters():
+            if "bias" in name:
+                expected = torch.zeros(16)
+                expected[4:8] = 1.5 if "bias_ih" in name else 0.0
+                assert torch.equal(bias, expected)
+        hessinit.init_(net, seed=0)
+        assert all(not bias.any() for name, bias in net.named_parameters() if "bias" in name)
+    with pytest.raises(ValueError, match="forget_bias must be a finite number or None; got nan"):
+        hessinit.init_(nn.LSTM(3, 4), forget_bias=math.nan)
+
+
+class Blocks(nn.Module):
+    """Residual blocks without norms."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)) for _ in range(count)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_residual_branches_keep_the_signal_of_fifty_blocks(traced):
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+
+    def growth(**options):
+        net, report = hessinit.init_(Blocks(50), x if traced else None, seed=0, return_report=True, **options)
+        return (net(x).std() / x.std()).item(), report
+
+    kept, report = growth(residual_branches="blocks.*.2.weight")
+    assert 0.7 < kept < 3
+    assert growth()[0] > 1e4
+    assert sum(row.note.endswith("one of 50 branches") for row in report) == 50
+    with pytest.raises(ValueError, match="residual_branches must match a parameter; 'nothing' matches none"):
+        hessinit.init_(Blocks(1), residual_branches="nothing")
 
 
 def test_the_report_prints_and_saves_every_row(tmp_path):

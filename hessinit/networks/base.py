@@ -38,6 +38,10 @@ class Parameter:
         differentiable: whether it has values of a real floating-point type.
         left: why no call may write it (not materialised, parametrized, ...), or "".
         zero_row: index on the first axis that stays zero (an embedding's padding), or None.
+        forget: of the bias of an LSTM, where its forget gate starts and stops, and the framework's own value there.
+        derived: what computes a weight from this parameter and others, of which this is the first, or "". Shape and
+            layout are those of the weight.
+        proportional: whether the weight is proportional to this parameter.
     """
 
     name: str
@@ -52,6 +56,9 @@ class Parameter:
     differentiable: bool = True
     left: str = ""
     zero_row: int | None = None
+    forget: tuple[int, int, float] | None = None
+    derived: str = ""
+    proportional: bool = True
 
 
 @dataclass(frozen=True)
@@ -184,6 +191,9 @@ class Network(Protocol):
 
     def nonlinearity(self, nonlinearity: Any) -> str | Callable[[Any], Any]:
         """A nonlinearity that a user named or gave, in this framework's terms, as a name or a NumPy function."""
+
+    def originals(self, name: str, weight: npt.NDArray[np.floating[Any]]) -> Mapping[str, Any]:
+        """Values of the parameters that make the derived weight of this name equal to an array, as arrays."""
 
     def snapshot(self, name: str) -> Any:
         """A copy of a parameter, for :meth:`restore`."""

@@ -107,6 +107,7 @@ class KerasNetwork:
                     frozen=not variable.trainable,
                     differentiable=floating,
                     left="" if floating else f"left: {variable.dtype} is not a floating-point type",
+                    forget=_forget(layer, variable.name),
                 )
             )
         return found
@@ -144,6 +145,9 @@ class KerasNetwork:
 
     def restore(self, name: str, saved: Any) -> None:
         self._variables[name].assign(saved)
+
+    def originals(self, name: str, weight: Any) -> dict[str, Any]:
+        raise AssertionError(f"no weight of a Keras model is derived: {name}")
 
     def inner(self) -> Any:
         return self.model
@@ -321,6 +325,12 @@ def _owned_variables(model: keras.Model) -> Iterator[tuple[keras.Layer, Any]]:
     for layer in model._flatten_layers():
         for variable in [*layer._trainable_variables, *layer._non_trainable_variables]:
             yield layer, variable
+
+
+def _forget(layer: Any, name: str) -> tuple[int, int, float] | None:
+    if isinstance(layer, layers.LSTMCell) and name == "bias":
+        return layer.units, 2 * layer.units, float(layer.unit_forget_bias)
+    return None
 
 
 def _role(layer: keras.Layer, name: str, layout: Layout | None) -> str:

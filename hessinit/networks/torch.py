@@ -20,6 +20,7 @@ from hessinit.networks import base, torch_loss
 from hessinit.networks.base import Arrays, Derivatives, Follower, Named, Parameter
 from hessinit.networks.graph import numpy_or
 from hessinit.networks.torch_autodiff import TorchArrays, TorchDerivatives, cuda_devices, pure
+from hessinit.networks.torch_derived import Derived, derived
 from hessinit.networks.torch_follow import NORM, as_numpy_function, call, module_order, trace
 
 Array = npt.NDArray[np.floating[Any]]
@@ -64,13 +65,17 @@ def _role(module: nn.Module, name: str) -> str:
     return base.BIAS if isinstance(module, known) and "bias" in name and name[-2:] not in ("_k", "_v") else base.OTHER
 
 
+def _forget(module: nn.Module, name: str) -> tuple[int, int, float] | None:
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)) and name.startswith("bias_ih"):  # bias_hh is added to it
+        return module.hidden_size, 2 * module.hidden_size, 0.0
+    return None
+
+
 def _why_left(module: nn.Module, parameter: nn.Parameter) -> str:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return "left: not materialised (run one forward pass first)"
     if parameter.is_meta:
         return "left: on the meta device"
-    if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        return "left: parametrized"
     if not parameter.is_floating_point():
         return f"left: {str(parameter.dtype).removeprefix('torch.')} is not a real floating-point type"
     return ""
@@ -85,6 +90,7 @@ class TorchNetwork:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._tensors: dict[str, nn.Parameter] = {}
+        self._derived: dict[str, Derived] = {}
 
     def prepare(self, inputs: Any, function: str) -> None:
         lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in self.model.parameters())
@@ -99,11 +105,16 @@ class TorchNetwork:
     def parameters(self) -> Sequence[Parameter]:
         found: list[Parameter] = []
         first: dict[int, str] = {}
+        self._derived = {one.originals[0]: one for one in derived(self.model) if one.inverse is not None}
+        parts = {name: one for one in derived(self.model) for name in one.originals}
         for name, module, local, parameter in _owned_parameters(self.model):
             self._tensors[name] = parameter
             tied = first.setdefault(id(parameter), name)
             padding = getattr(module, "padding_idx", None)
             lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
+            if name in parts and not lazy:
+                found.append(self._original(name, parameter, parts[name], None if tied == name else tied))
+                continue
             found.append(
                 Parameter(
                     name=name,
@@ -118,15 +129,46 @@ class TorchNetwork:
                     differentiable=not lazy and not parameter.is_meta and parameter.is_floating_point(),
                     left=_why_left(module, parameter),
                     zero_row=padding if isinstance(padding, int) else None,
+                    forget=_forget(module, local),
                 )
             )
         return found
 
+    def _original(self, name: str, parameter: nn.Parameter, of: Derived, tied: str | None) -> Parameter:
+        """A parameter that a weight is computed from; the first of them stands for the weight."""
+        layout, main = weight_layout(of.module, of.local), of.originals[0]
+        chosen = name == main and layout is not None and of.inverse is not None and not parameter.is_meta
+        return Parameter(
+            name=name,
+            layer=name.removesuffix(f".parametrizations.{of.local}.{name.rpartition('.')[2]}")
+            if of.source is not None
+            else name.rpartition(".")[0] or "model",
+            key=name,
+            shape=of.shape if chosen else tuple(parameter.shape),
+            dtype=str(parameter.dtype).removeprefix("torch."),
+            role=base.WEIGHT if chosen else base.OTHER,
+            layout=layout if chosen else None,
+            tied_to=tied,
+            frozen=not parameter.requires_grad,
+            differentiable=not parameter.is_meta and parameter.is_floating_point(),
+            left="" if chosen else f"left: parametrized by {of.kind}",
+            derived=of.kind if chosen else "",
+            proportional=of.proportional,
+        )
+
+    def originals(self, name: str, weight: Array) -> dict[str, Array]:
+        of = self._derived[name]
+        assert of.inverse is not None  # of those that are listed
+        like = self._tensors[name]
+        with torch.no_grad():
+            values = of.inverse(torch.from_numpy(np.ascontiguousarray(weight)).to(like.device))
+        return {part: value.cpu().numpy() for part, value in zip(of.originals, values, strict=True)}
+
     def followers(self, inputs: Any) -> Mapping[str, Follower]:
         names = {id(p): n for n, m, local, p in _owned_parameters(self.model) if weight_layout(m, local) is not None}
         if inputs is not None:
-            return trace(self.model, inputs, names)
-        return module_order(self.model, names)
+            return trace(self.model, inputs, names, list(derived(self.model)))
+        return module_order(self.model, names, list(derived(self.model)))
 
     def nonlinearity(self, nonlinearity: Any) -> Any:
         return numpy_nonlinearity(nonlinearity)

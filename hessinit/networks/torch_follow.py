@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hessinit.networks.base import Follower
 from hessinit.networks.graph import State, WeightGraph, is_activation
 from hessinit.networks.torch_autodiff import cuda_devices
+from hessinit.networks.torch_derived import Derived
 
 Array = npt.NDArray[np.floating[Any]]
 NORM = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -61,7 +62,7 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
         yield module
 
 
-def module_order(model: nn.Module, names: Mapping[int, str]) -> Mapping[str, Follower]:
+def module_order(model: nn.Module, names: Mapping[int, str], computed: Sequence[Derived]) -> Mapping[str, Follower]:
     """Followers inside each ``nn.Sequential``, from the order of its modules.
 
     What leaves a Sequential that is only a part of the model may meet anything, so weights whose follower would lie
@@ -70,7 +71,11 @@ def module_order(model: nn.Module, names: Mapping[int, str]) -> Mapping[str, Fol
     Args:
         model: the model.
         names: of its weights, by ``id``.
+        computed: weights that are computed from others, each named as the first of them.
     """
+    own: dict[int, list[str]] = {}
+    for one in computed:
+        own.setdefault(id(one.module), []).append(one.originals[0])
     found: dict[str, Follower] = {}
     inner = {id(c) for m in model.modules() if isinstance(m, nn.Sequential) for c in m if isinstance(c, nn.Sequential)}
     for sequential in model.modules():
@@ -79,15 +84,15 @@ def module_order(model: nn.Module, names: Mapping[int, str]) -> Mapping[str, Fol
         graph = WeightGraph(whole=sequential is model)
         state = graph.start()
         for module in _leaves(sequential):
-            state = _step(graph, state, module, names)
+            state = _step(graph, state, module, names, own.get(id(module), []))
         graph.end(state)
         found.update(graph.followers())
     return found
 
 
-def _step(graph: WeightGraph, state: State, module: nn.Module, names: Mapping[int, str]) -> State:
-    """One module of a Sequential."""
-    weights = [names[id(p)] for p in module._parameters.values() if id(p) in names]
+def _step(graph: WeightGraph, state: State, module: nn.Module, names: Mapping[int, str], computed: list[str]) -> State:
+    """One module of a Sequential, with the names of the weights that it computes."""
+    weights = [names[id(p)] for p in module._parameters.values() if id(p) in names] + computed
     if weights:
         state = graph.weights(state, weights)
         return graph.activation(state, "gates", "linear") if isinstance(module, _GATED) else state
@@ -103,9 +108,11 @@ def _step(graph: WeightGraph, state: State, module: nn.Module, names: Mapping[in
 class _Tracer(TorchFunctionMode):
     """Watches one forward pass: which weights each tensor came through, and what is done to it next."""
 
-    def __init__(self, graph: WeightGraph, names: Mapping[int, str]) -> None:
+    def __init__(self, graph: WeightGraph, names: Mapping[int, str], computed: Sequence[Derived]) -> None:
         super().__init__()
         self.graph, self.names = graph, names
+        self.by_hooks = [one for one in computed if one.source is None]
+        self.computed = WeakIdKeyDictionary()  # names of weights that parametrizations have computed
         self.states = WeakIdKeyDictionary()  # of every tensor that came through a weight
         self.inside = 0  # modules that are activations, met as wholes
 
@@ -114,7 +121,7 @@ class _Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = [t for t in _flatten((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
-        weights = [self.names[id(t)] for t in given if id(t) in self.names]
+        weights = [name for t in given if (name := self._name(t))]
         states = [self.states[t] for t in given if t in self.states]
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
@@ -141,9 +148,18 @@ class _Tracer(TorchFunctionMode):
                 self.states[tensor] = state
         return result
 
+    def _name(self, tensor: torch.Tensor) -> str:
+        """Of a weight; "" for any other tensor."""
+        if id(tensor) in self.names or tensor in self.computed:
+            return self.names.get(id(tensor)) or str(self.computed[tensor])
+        return next((d.originals[0] for d in self.by_hooks if d.module.__dict__.get(d.local) is tensor), "")
+
+    def has_computed(self, name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.computed[output] = name
+
     def _input_moment(self, given: list[torch.Tensor]) -> float | None:
         """E x² of the data that meets its first weight here; None for indices and the like."""
-        data = [t for t in given if id(t) not in self.names and t.is_floating_point() and t.ndim > 0]
+        data = [t for t in given if not self._name(t) and t.is_floating_point() and t.ndim > 0]
         if not data:
             return None
         return float(torch.linalg.vector_norm(data[0].detach(), dtype=torch.float64)) ** 2 / max(data[0].numel(), 1)
@@ -158,20 +174,24 @@ class _Tracer(TorchFunctionMode):
             self.states[output] = self.graph.activation(state, type(module).__name__, function, args[0])
 
 
-def trace(model: nn.Module, inputs: Any, names: Mapping[int, str]) -> Mapping[str, Follower]:
+def trace(
+    model: nn.Module, inputs: Any, names: Mapping[int, str], computed: Sequence[Derived] = ()
+) -> Mapping[str, Follower]:
     """Followers from one forward pass in evaluation mode; modes, buffers and random state as before.
 
     Args:
         model: the model.
         inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         names: of its weights, by ``id``.
+        computed: weights that are computed from others, each named as the first of them.
     """
     graph = WeightGraph(whole=True)
-    tracer = _Tracer(graph, names)
+    tracer = _Tracer(graph, names, computed)
     modes = [(module, module.training) for module in model.modules()]
     functions = [(module, _activation_of(module)) for module, _ in modes]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    hooks = []
+    sources = [(one.source, one.originals[0]) for one in computed if one.source is not None]
+    hooks = [source.register_forward_hook(partial(tracer.has_computed, name)) for source, name in sources]
     try:
         for module, function in functions:
             module.training = False
