@@ -256,7 +256,7 @@ def learning_rate_lines(problem, optimizer):
 
 def test_the_budget_is_about_as_good_at_any_learning_rate():
     """784-128-84-10, ReLU, five seeds: where He's loss doubles."""
-    for optimizer, most, ratio in (("sgd", 0.335, 1.06), ("adam", 0.34, 1.06)):
+    for optimizer, most, ratio in (("sgd", 0.33, 1.03), ("adam", 0.331, 1.04)):
         lines = learning_rate_lines("mlp", optimizer)
         ours, theirs = (
             [line.last_fifth_loss[0] for key, line in lines.items() if key[:2] == (name, "relu") and key[2] < 0.6]
@@ -274,9 +274,9 @@ def test_the_readmes_deep_nets_are_the_committed_ones():
         for name, activation in itertools.product(("torch_default", "closed_form", "budget"), ("tanh", "relu"))
     }
     assert found["torch_default", "tanh"] == found["torch_default", "relu"] == ["2.303", "2.303"]
-    assert found["budget", "tanh"] == ["0.529", "0.478"]
+    assert found["budget", "tanh"] == ["0.471", "0.451"]
     assert found["closed_form", "tanh"] == ["0.420", "0.486"]
-    assert found["budget", "relu"] == ["1.387", "2.049"]
+    assert found["budget", "relu"] == ["0.737", "2.296"]
     assert found["closed_form", "relu"] == ["0.895", "2.303"]
 
 
@@ -384,9 +384,9 @@ def test_the_readmes_count_of_settings_is_the_committed_one():
     import fig10_sensitivity as study
 
     verdicts = study.verdicts(pd.read_csv(FIGURES / "fig10_sensitivity.csv"))
-    assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (56, 25, 8)
+    assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (64, 25, 9)
     behind = verdicts[verdicts.errors > 2]
     ratios = sorted(behind.budget / behind.rival)
-    assert ratios[-1] < 1.10
-    assert ratios[-2] < 1.065
+    assert [f"{ratio:.2f}" for ratio in ratios[-3:]] == ["1.05", "1.06", "1.25"]
+    assert ratios[-4] < 1.03
     assert (verdicts.rival / verdicts.budget).max() > 20
