@@ -362,13 +362,14 @@ def _drawn(
             note += f", forget gate {forget:g}" if forget else ""
         return values, _row(p, touched=True, note=note)
     assert p.layout is not None  # of every weight that is chosen, see _left_alone
-    fans = p.layout.fans(p.shape)
+    shape = p.weight_shape or p.shape
+    fans = p.layout.fans(shape)
     gain = rules.gain(follower.function, depth=follower.depth)
     std, note = _std(fans, gain, follower)
     if branches > 1:
         std, note = std / math.sqrt(branches), f"{note}, one of {branches} branches"
     wide = np.float64 if p.dtype == "float64" else np.float32
-    values = draw(p.shape, p.layout, std, distribution, stream(seed, p.key), wide)
+    values = draw(shape, p.layout, std, distribution, stream(seed, p.key), wide)
     std_drawn = _rms(values)
     if p.zero_row is not None:
         values[p.zero_row] = 0

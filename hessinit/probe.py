@@ -233,7 +233,7 @@ class NetworkProbe:
         """Squares of what moves each output unit of a weight."""
         parameter = self.objective.parameters[name]
         assert parameter.layout is not None  # of every weight with a scale
-        if tuple(pulled.shape) != parameter.shape:  # what scales the units of a weight one by one
+        if parameter.derived:  # what scales the units of a weight one by one
             return np.square(self.arrays.numpy(pulled), dtype=np.float64).ravel()
         stack, sorted_shape, back = parameter.layout.blocks(parameter.shape)
         split = self.arrays.numpy(pulled).reshape([sorted_shape[axis] for axis in back])

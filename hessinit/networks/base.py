@@ -39,8 +39,9 @@ class Parameter:
         left: why no call may write it (not materialised, parametrized, ...), or "".
         zero_row: index on the first axis that stays zero (an embedding's padding), or None.
         forget: of the bias of an LSTM, where its forget gate starts and stops, and the framework's own value there.
-        derived: what computes a weight from this parameter and others, of which this is the first, or "". Shape and
-            layout are those of the weight.
+        derived: what computes a weight from this parameter and others, of which this is the first, or "". The layout is
+            that of the weight.
+        weight_shape: of the weight; None where that is the parameter itself.
         proportional: whether the weight is proportional to this parameter.
     """
 
@@ -58,6 +59,7 @@ class Parameter:
     zero_row: int | None = None
     forget: tuple[int, int, float] | None = None
     derived: str = ""
+    weight_shape: tuple[int, ...] | None = None
     proportional: bool = True
 
 

@@ -144,7 +144,7 @@ class TorchNetwork:
             if of.source is not None
             else name.rpartition(".")[0] or "model",
             key=name,
-            shape=of.shape if chosen else tuple(parameter.shape),
+            shape=tuple(parameter.shape),
             dtype=str(parameter.dtype).removeprefix("torch."),
             role=base.WEIGHT if chosen else base.OTHER,
             layout=layout if chosen else None,
@@ -153,6 +153,7 @@ class TorchNetwork:
             differentiable=not parameter.is_meta and parameter.is_floating_point(),
             left="" if chosen else f"left: parametrized by {of.kind}",
             derived=of.kind if chosen else "",
+            weight_shape=of.shape if chosen else None,
             proportional=of.proportional,
         )
 
