@@ -150,7 +150,7 @@ def solve(
             break
         point = Point(best.theta + step, *probe.measure(best.theta + step))
         points.append(point)
-        if off > 0 and len(points) < max_probes and point.finite and _off(point, (-math.inf, goals[0] + OVERSHOT)) < 0:
+        if off > 0 and len(points) < max_probes and point.finite and math.log(point.sharpness) > goals[0] + OVERSHOT:
             steeper = _secant(best, point, float(slopes[0] @ step), ratio)
             if steeper > ratio * (1 + TOLERANCE):
                 ratio = steeper

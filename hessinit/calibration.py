@@ -160,8 +160,7 @@ def calibrate(
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
     scales = {name: float(np.exp(t)) for name, t in zip(weights, solution.best.theta, strict=True)}
-    samples = int(group.sum({"samples": samples})["samples"])
-    return Calibration(scales, budget, solution, before, after, probe.passes, samples, bounds)
+    return Calibration(scales, budget, solution, before, after, probe.passes, int(group.sum(samples)), bounds)
 
 
 def _range(budget: float | tuple[float, float] | None, degree: float) -> tuple[float, float]:

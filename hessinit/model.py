@@ -238,9 +238,8 @@ def init_(
                     rows |= {n: replace(rows[n], touched=True, note=f"set with {p.name}") for n in parts if n != p.name}
         calibration = None
         if calibrated:
-            scaled = [p.name for p in parameters if p.role == WEIGHT and p.name in values and p.proportional]
-            weights = {name: values[name] for name in scaled}
-            weights = {name: w for name, w in weights.items() if np.any(w)}
+            scalable = [p.name for p in parameters if p.role == WEIGHT and p.proportional and p.name in values]
+            weights = {name: values[name] for name in scalable if np.any(values[name])}
             if not weights:
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
             others = {name: v for name, v in values.items() if name not in weights}
@@ -267,7 +266,8 @@ def rescale_(model: Any, batch: Any, loss: Any = None, **options: Any) -> Any:
         batch: as for :func:`init_`, with targets.
         loss: as for :func:`init_`.
         options: ``lr``, ``optimizer``, ``include``, ``exclude``, ``forward``, ``num_samples``, ``level``, ``budget``,
-            ``max_scale``, ``progress``, ``seed``, ``generator``, ``return_report``, as for :func:`init_`.
+            ``max_scale``, ``process_group``, ``progress``, ``seed``, ``generator``, ``return_report``, as for
+            :func:`init_`.
 
     Returns:
         As :func:`init_`.

@@ -127,6 +127,7 @@ class NetworkProbe:
         gains, step = self._first_step(theta)
         growth = {name: self.step.growth.get(name, 1.0) for name in step}
         gain = sum(growth[name] * gains[name] for name in gains)
+        # Each part of the step goes as its grown one comes, so that there are never two of the whole.
         grown = {name: step.pop(name) if by == 1.0 else by * step.pop(name) for name, by in growth.items()}
         form, level = self._along(grown)
         return (form / abs(gain) if gain else float("nan")), level

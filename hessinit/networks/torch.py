@@ -7,6 +7,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,22 @@ def _forget(module: nn.Module, name: str) -> tuple[int, int, float] | None:
     return None
 
 
-def _why_left(module: nn.Module, parameter: nn.Parameter) -> str:
+def _original(plain: Parameter, of: Derived) -> Parameter:
+    """A parameter that a weight is computed from; the first of them stands for the weight, if it can be written."""
+    layout = weight_layout(of.module, of.local)
+    if plain.name != of.originals[0] or layout is None or of.inverse is None:
+        return replace(plain, role=base.OTHER, left=f"left: parametrized by {of.kind}")
+    return replace(
+        plain,
+        role=base.WEIGHT,
+        layout=layout,
+        derived=of.kind,
+        weight_shape=of.shape,
+        proportional=of.proportional,
+    )
+
+
+def _why_left(parameter: nn.Parameter) -> str:
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         return "left: not materialised (run one forward pass first)"
     if parameter.is_meta:
@@ -90,7 +106,7 @@ class TorchNetwork:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._tensors: dict[str, nn.Parameter] = {}
-        self._derived: dict[str, Derived] = {}
+        self._derived: dict[str, Derived] = {}  # by every parameter that a weight is computed from
 
     def prepare(self, inputs: Any, function: str) -> None:
         lazy = any(isinstance(p, nn.parameter.UninitializedParameter) for p in self.model.parameters())
@@ -105,61 +121,34 @@ class TorchNetwork:
     def parameters(self) -> Sequence[Parameter]:
         found: list[Parameter] = []
         first: dict[int, str] = {}
-        self._derived = {one.originals[0]: one for one in derived(self.model) if one.inverse is not None}
-        parts = {name: one for one in derived(self.model) for name in one.originals}
+        self._derived = {name: one for one in derived(self.model) for name in one.originals}
         for name, module, local, parameter in _owned_parameters(self.model):
             self._tensors[name] = parameter
             tied = first.setdefault(id(parameter), name)
             padding = getattr(module, "padding_idx", None)
             lazy = isinstance(parameter, nn.parameter.UninitializedParameter)
-            if name in parts and not lazy:
-                found.append(self._original(name, parameter, parts[name], None if tied == name else tied))
-                continue
-            found.append(
-                Parameter(
-                    name=name,
-                    layer=name.rpartition(".")[0].partition(".parametrizations")[0] or "model",
-                    key=name,
-                    shape=() if lazy else tuple(parameter.shape),
-                    dtype=str(parameter.dtype).removeprefix("torch."),
-                    role=_role(module, local),
-                    layout=weight_layout(module, local),
-                    tied_to=None if tied == name else tied,
-                    frozen=not parameter.requires_grad,
-                    differentiable=not lazy and not parameter.is_meta and parameter.is_floating_point(),
-                    left=_why_left(module, parameter),
-                    zero_row=padding if isinstance(padding, int) else None,
-                    forget=_forget(module, local),
-                )
+            plain = Parameter(
+                name=name,
+                layer=name.rpartition(".")[0].partition(".parametrizations")[0] or "model",
+                key=name,
+                shape=() if lazy else tuple(parameter.shape),
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                role=_role(module, local),
+                layout=weight_layout(module, local),
+                tied_to=None if tied == name else tied,
+                frozen=not parameter.requires_grad,
+                differentiable=not lazy and not parameter.is_meta and parameter.is_floating_point(),
+                left=_why_left(parameter),
+                zero_row=padding if isinstance(padding, int) else None,
+                forget=_forget(module, local),
             )
+            of = self._derived.get(name)
+            found.append(plain if of is None or plain.left else _original(plain, of))
         return found
-
-    def _original(self, name: str, parameter: nn.Parameter, of: Derived, tied: str | None) -> Parameter:
-        """A parameter that a weight is computed from; the first of them stands for the weight."""
-        layout, main = weight_layout(of.module, of.local), of.originals[0]
-        chosen = name == main and layout is not None and of.inverse is not None and not parameter.is_meta
-        return Parameter(
-            name=name,
-            layer=name.removesuffix(f".parametrizations.{of.local}.{name.rpartition('.')[2]}")
-            if of.source is not None
-            else name.rpartition(".")[0] or "model",
-            key=name,
-            shape=tuple(parameter.shape),
-            dtype=str(parameter.dtype).removeprefix("torch."),
-            role=base.WEIGHT if chosen else base.OTHER,
-            layout=layout if chosen else None,
-            tied_to=tied,
-            frozen=not parameter.requires_grad,
-            differentiable=not parameter.is_meta and parameter.is_floating_point(),
-            left="" if chosen else f"left: parametrized by {of.kind}",
-            derived=of.kind if chosen else "",
-            weight_shape=of.shape if chosen else None,
-            proportional=of.proportional,
-        )
 
     def originals(self, name: str, weight: Array) -> dict[str, Array]:
         of = self._derived[name]
-        assert of.inverse is not None  # of those that are listed
+        assert of.inverse is not None  # of those that are derived
         like = self._tensors[name]
         with torch.no_grad():
             values = of.inverse(torch.from_numpy(np.ascontiguousarray(weight)).to(like.device))
@@ -167,9 +156,10 @@ class TorchNetwork:
 
     def followers(self, inputs: Any) -> Mapping[str, Follower]:
         names = {id(p): n for n, m, local, p in _owned_parameters(self.model) if weight_layout(m, local) is not None}
+        computed = list(derived(self.model))
         if inputs is not None:
-            return trace(self.model, inputs, names, list(derived(self.model)))
-        return module_order(self.model, names, list(derived(self.model)))
+            return trace(self.model, inputs, names, computed)
+        return module_order(self.model, names, computed)
 
     def nonlinearity(self, nonlinearity: Any) -> Any:
         return numpy_nonlinearity(nonlinearity)
