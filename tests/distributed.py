@@ -63,6 +63,7 @@ def main(case, rank, size, path):
         said = {"error": f"{type(error).__name__}: {error}", "whole": result(model) == before}
     with open(f"{path}/{rank}.json", "w") as file:
         json.dump(said, file)
+    dist.barrier()  # none leaves, and ends the connections of others, before all are done
     dist.destroy_process_group()
 
 
