@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from hessinit.progress import track
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by a thread while it uses what all threads share: global random states, modes of kernels."""
 
 
 class Batches:
@@ -97,7 +101,7 @@ def random_states_kept(framework: AbstractContextManager[Any]) -> Iterator[None]
     """
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
-        with framework:
+        with ONE_AT_A_TIME, framework:
             yield
     finally:
         random.setstate(python)

@@ -32,6 +32,7 @@ Vector = npt.NDArray[np.float64]
 TOLERANCE = 0.1  # of log ρ: less than a batch of 256 says about the next
 MAX_PROBES = 8
 TRUST = 1.5  # largest change of a log scale between two probes
+REACH = 3.0  # of that, by which all of them together would move the level if none made up for another
 SLACK = 0.02  # of log r: the first order does not stop at an edge exactly
 OVERSHOT = 0.4  # of log ρ above the lower end: a step up is for the lower end, not for what lies beyond
 BACK = 2.0  # of log ρ: what the way back into the level's band may cost
@@ -154,7 +155,9 @@ def solve(
             steeper = _secant(best, point, float(slopes[0] @ step), ratio)
             if steeper > ratio * (1 + TOLERANCE):
                 ratio = steeper
-                continue
+            else:  # beyond what slopes can tell
+                trust = float(np.abs(step).max()) / 2
+            continue
         back = outside != 0 and point.finite and _outside(point, band) == 0
         if distance(point) > distance(best) + (BACK if back else TOLERANCE / 2):  # too far, or into what is not finite
             trust = float(np.abs(step).max()) / 4
@@ -201,20 +204,20 @@ def _step(
     """
     trace, level = slopes
     low, high = box[0] - theta, box[1] - theta
-    step = _walk(np.zeros_like(theta), level, [], outside, low, high, trust)
+    step = _walk(np.zeros_like(theta), level, [], outside, low, high, trust, level)
     gained = float(trace @ step)
     change = float(np.clip(gained, *lack)) - gained
     pace = float(trace @ level) / max(float(level @ level), 1e-9)
     if change < 0 and pace > 0.5 and room[0] < -SLACK:
-        return _walk(step, level, [], max(change / pace, room[0] - outside), low, high, trust)
+        return _walk(step, level, [], max(change / pace, room[0] - outside), low, high, trust, level)
     if change < 0:
         high = np.where(trace < 0, np.minimum(high, step), high)  # to grow what a norm follows would only freeze it
-    there = _walk(step, trace, [level], change, low, high, trust)
+    there = _walk(step, trace, [level], change, low, high, trust, level)
     if change > 0 and (theta + there).sum() > max(0.0, (theta + step).sum()):
-        return _walk(step, trace, [level, np.ones_like(level)], change, low, high, trust)
+        return _walk(step, trace, [level, np.ones_like(level)], change, low, high, trust, level)
     change -= float(trace @ (there - step))
     if outside == 0 and abs(change) > TOLERANCE / 2:
-        on = _walk(there, trace, [], change, low, high, trust) - there
+        on = _walk(there, trace, [], change, low, high, trust, level) - there
         moved, grown = float(level @ on), float(on.sum())
         if abs(float(trace @ on)) > abs(moved) / 2:  # else it would be the level that changes
             share = (room[1] if moved > 0 else room[0]) / moved if abs(moved) > 1e-9 else 1.0
@@ -225,12 +228,19 @@ def _step(
 
 
 def _walk(
-    step: Vector, slope: Vector, fixed: list[Vector], change: float, low: Vector, high: Vector, trust: float
+    step: Vector,
+    slope: Vector,
+    fixed: list[Vector],
+    change: float,
+    low: Vector,
+    high: Vector,
+    trust: float,
+    level: Vector,
 ) -> Vector:
     """``step`` and from there the steepest way, orthogonal to what is fixed, until ``slope`` has gained ``change``.
 
     A coordinate that meets its bound is held, and the rest of the way is the steepest in those still free. Where one
-    meets the trust region, the way ends.
+    meets the trust region, or all of them together, the way ends: in a deep net small changes multiply.
     """
     start, free = step, np.ones(len(step), bool)
     while free.any() and abs(change) > 1e-9:
@@ -245,6 +255,9 @@ def _walk(
         pace = np.where(moving, np.abs(direction), 1.0)
         reach = np.where(moving, np.where(direction > 0, high - step, step - low) / pace, np.inf)
         trusted = float(np.where(moving, (trust - np.sign(direction) * (step - start)) / pace, np.inf).min())
+        carried = float(np.abs(level * direction).sum())
+        left = REACH * trust - float(np.abs(level * (step - start)).sum())
+        trusted = min(trusted, max(left, 0.0) / carried if carried > 1e-9 else np.inf)
         length = min(abs(change) / speed, float(reach.min()), trusted)
         step = step + length * direction
         change -= math.copysign(length * speed, change)

@@ -20,6 +20,7 @@ from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
+DEEP = 15  # layers in a row, above which c falls as 1/depth: the steps of many layers multiply
 NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
 LEVEL = 0.3, 1.0
 MIN_SCALE, MAX_SCALE = 1 / 20, 4.0
@@ -119,6 +120,7 @@ def calibrate(
     target: Target,
     weights: Mapping[str, Any],
     others: Mapping[str, Any],
+    depth: int,
     seed: int,
     group: Group,
 ) -> Calibration:
@@ -132,6 +134,7 @@ def calibrate(
         target: what is asked.
         weights: by name, at scale one: arrays of NumPy or the framework.
         others: values of other parameters that stand for the model's own.
+        depth: weight layers in the model's longest chain.
         seed: of the samples taken and of random signs.
         group: processes that share the batch.
     """
@@ -154,7 +157,7 @@ def calibrate(
 
     probe = NetworkProbe(objective, placed(weights), placed(others), step)
     degree = probe.step.degree
-    budget = _range(target.budget, degree)
+    budget = _range(target.budget, degree, depth)
     bounds = MIN_SCALE, target.max_scale
     solution = solve(probe, len(weights), budget, target.level, bounds)
     before = probe.describe(solution.points[0])
@@ -163,10 +166,11 @@ def calibrate(
     return Calibration(scales, budget, solution, before, after, probe.passes, int(group.sum(samples)), bounds)
 
 
-def _range(budget: float | tuple[float, float] | None, degree: float) -> tuple[float, float]:
+def _range(budget: float | tuple[float, float] | None, degree: float, depth: int) -> tuple[float, float]:
     """Lowest and highest step sharpness, for steps that scale with the gradient's power ``degree``."""
     if budget is None:
-        return SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree, NO_GAIN
+        c = SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree
+        return c * min(1.0, DEEP / depth), NO_GAIN
     return (budget[0], budget[1]) if isinstance(budget, Sequence) else (budget, budget)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,21 @@ def _orthogonal(stack: Stack, rng: np.random.Generator, dtype: Any) -> Weights:
     return np.asarray((q if outputs >= inputs else q.transpose(0, 2, 1)) * np.sqrt(long), dtype=dtype)
 
 
+class Pairs(NamedTuple):
+    """Units of opposite weights, which a following layer takes with opposite signs.
+
+    Args:
+        outputs: whether the second half of the outputs has the weights of the first with opposite signs.
+        repeats: how many rows the inputs are, one after the other, in each of which the weights of the second half are
+            those of the first with opposite signs; 0 for none.
+    """
+
+    outputs: bool = False
+    repeats: int = 0
+
+
+UNPAIRED = Pairs()
+
 LAWS: dict[str, Law] = {
     "orthogonal": _orthogonal,
     "normal": _normal,
@@ -70,6 +85,7 @@ def draw(
     distribution: str,
     rng: np.random.Generator,
     dtype: npt.DTypeLike = np.float32,
+    pairs: Pairs = UNPAIRED,
 ) -> Weights:
     """Weights of a given root mean square.
 
@@ -81,6 +97,7 @@ def draw(
             ``"uniform"``. All have mean zero and the std asked for.
         rng: decides everything.
         dtype: float32 or float64.
+        pairs: which units come in pairs of opposite weights; of a single copy only.
 
     Example:
         >>> w = draw((128, 784), Layout("oi"), 0.05, "orthogonal", np.random.default_rng(0))
@@ -90,8 +107,18 @@ def draw(
     stack, sorted_shape, back = layout.blocks(shape)
     if 0 in stack:
         return np.zeros(tuple(shape), dtype)
-    unit = LAWS[distribution](stack, rng, dtype)
+    unit = _paired(stack, LAWS[distribution], rng, dtype, pairs)
     return np.asarray(std * unit, dtype=dtype).reshape(sorted_shape).transpose(back).reshape(tuple(shape))
+
+
+def _paired(stack: Stack, law: Law, rng: np.random.Generator, dtype: Any, pairs: Pairs) -> Weights:
+    """Half of the weights, and the others from them."""
+    copies, rows, columns = stack
+    unit = law((copies, rows // 2 if pairs.outputs else rows, columns // 2 if pairs.repeats else columns), rng, dtype)
+    if pairs.repeats:
+        split = unit.reshape(copies, unit.shape[1], pairs.repeats, -1)
+        unit = np.concatenate([split, -split], axis=3).reshape(copies, unit.shape[1], columns)
+    return np.concatenate([unit, -unit], axis=1) if pairs.outputs else unit
 
 
 def signs(rng: np.random.Generator, shape: Sequence[int]) -> Weights:

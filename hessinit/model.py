@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from hessinit import rules
 from hessinit.batches import Batches, inputs_and_targets, random_states_kept
 from hessinit.calibration import LEVEL, MAX_SCALE, Calibration, Target, calibrate, take
 from hessinit.calibration import check as check_target
-from hessinit.draw import check_distribution, draw, stream
+from hessinit.draw import UNPAIRED, Pairs, check_distribution, draw, stream
 from hessinit.layout import Fans
 from hessinit.networks import wrap
 from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Follower, Group, Network, Parameter
@@ -35,6 +36,7 @@ class Options(TypedDict, total=False):
     optimizer: Any
     base: str
     distribution: str
+    mirrored: bool | None
     nonlinearity: Any
     generator: Any
     seed: int | None
@@ -77,6 +79,7 @@ def init_(
     optimizer: Any = None,
     base: str = CLOSED_FORM,
     distribution: str = "orthogonal",
+    mirrored: bool | None = None,
     nonlinearity: Any = "relu",
     generator: Any = None,
     seed: int | None = None,
@@ -112,8 +115,8 @@ def init_(
     the batch, mostly 20 to 40.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
-    error, or an interruption, leaves every parameter as it was. Frozen parameters are left unless ``include`` names
-    them.
+    error, or an interruption, leaves every parameter as it was. Frozen parameters, and those that Hugging Face's
+    transformers has loaded from a checkpoint, are left unless ``include`` names them.
 
     Args:
         model: ``torch.nn.Module`` or ``keras.Model`` (built, unless ``batch`` is given).
@@ -128,6 +131,9 @@ def init_(
         base: ``"closed_form"`` (default), or ``"current"`` to scale the weights that are there and leave all else, as
             :func:`rescale_` does.
         distribution: ``"orthogonal"`` (default), ``"normal"``, ``"truncated_normal"`` or ``"uniform"``.
+        mirrored: whether units come in pairs of opposite weights, ``u`` and ``-u``, wherever the activation makes such
+            pairs linear and the next layer alone takes them (:func:`hessinit.rules.pair_gain`). The net then begins as
+            a linear one, which no depth distorts. Default: with the budget, where the pass shows the structure.
         nonlinearity: a name, or a function of NumPy arrays or of the framework's tensors, for weights whose
             activation is not known; default ``"relu"``.
         generator: torch models: a ``torch.Generator`` that decides everything.
@@ -148,7 +154,7 @@ def init_(
             deviations of the targets). Default (0.3, 1.0).
         budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional
             steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
-            do not shrink as it does.
+            do not shrink as it does; of L > 15 layers in a row, 15/L of that.
         max_scale: largest factor on a weight, at least 1; the smallest is 1/20. Default 4.
         process_group: torch models: a ``torch.distributed`` group whose processes all make this call, each with its
             share of the batch, and end with the same weights: the seed is the first process's, the budget is measured
@@ -213,29 +219,32 @@ def init_(
         parameters = network.parameters()
         left = _left_alone(parameters, include, exclude)
         ends = _matches(parameters, residual_branches, "residual_branches") or set()
-        ends = {p.name for p in parameters if p.name in ends and p.role == WEIGHT}
         rows: dict[str, Row] = {}
         values: dict[str, Any] = {}
+        with _forward_errors(inputs):
+            followers = _shared(group, network.followers(inputs))
+        if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
+            raise ValueError(f"{function}: batch must be finite; got NaN or infinity in the inputs.")
         if base == CURRENT:
             _keep(network, parameters, left, rows, values)
         else:
-            with _forward_errors(inputs):
-                followers = _shared(group, network.followers(inputs))
-            if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
-                raise ValueError("init_: batch must be finite; got NaN or infinity in the inputs.")
+            mirrors = _mirrors(followers, parameters, left) if (calibrated if mirrored is None else mirrored) else {}
             assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation)
+            one_of = Counter(p.role for p in parameters if p.name in ends)[WEIGHT]
             for p in parameters:
                 if p.name in left:
                     rows[p.name] = _row(p, touched=False, note=left[p.name])
+                elif p.role != WEIGHT:
+                    values[p.name], rows[p.name] = _constant(p, forget_bias)
                 else:
-                    branches = len(ends) if p.name in ends else 1
-                    follower = followers.get(p.name, assumed)
-                    values[p.name], rows[p.name] = _drawn(p, follower, distribution, seed, branches, forget_bias)
-            for p in parameters:
-                if p.derived and p.name in values:
-                    parts = network.originals(p.name, values[p.name])
-                    values |= parts
-                    rows |= {n: replace(rows[n], touched=True, note=f"set with {p.name}") for n in parts if n != p.name}
+                    role = Role(
+                        followers.get(p.name, assumed),
+                        mirrors.get(p.name, UNPAIRED),
+                        one_of if p.name in ends else 1,
+                        [q for q in parameters if q.tied_to == p.name and q.role == WEIGHT],
+                    )
+                    values[p.name], rows[p.name] = _drawn(p, role, distribution, seed)
+            _write_through(network, parameters, rows, values)
         calibration = None
         if calibrated:
             scalable = [p.name for p in parameters if p.role == WEIGHT and p.proportional and p.name in values]
@@ -243,15 +252,16 @@ def init_(
             if not weights:
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
             others = {name: v for name, v in values.items() if name not in weights}
-            calibration = calibrate(function, inner, data, samples, target, weights, others, seed, group)
+            depth = max((f.depth or 1 for f in followers.values()), default=1)
+            calibration = calibrate(function, inner, data, samples, target, weights, others, depth, seed, group)
             for name, scale in calibration.scales.items():
                 values[name] = values[name] * np.asarray(scale, values[name].dtype)
                 rows[name] = _scaled(rows[name], calibration, name)
             if base == CURRENT:
                 values = {name: values[name] for name in weights}
     _write(network, values)
-    drawn = distribution if base == CLOSED_FORM else None
-    report = Report(tuple(rows[p.name] for p in parameters), seed, drawn, calibration)
+    law = distribution if base == CLOSED_FORM else None
+    report = Report(tuple(rows[p.name] for p in parameters), seed, law, calibration, tuple(network.buffers()))
     return (model, report) if return_report else model
 
 
@@ -348,28 +358,73 @@ def _keep(
         rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
 
 
-def _drawn(
-    p: Parameter, follower: Follower, distribution: str, seed: int, branches: int, forget_bias: float | None
-) -> tuple[Any, Row]:
-    """The closed form's values of one parameter, the end of one of so many residual branches."""
-    if p.role in (BIAS, NORM_OFFSET, NORM_SCALE):
-        value = 1.0 if p.role == NORM_SCALE else 0.0
-        values, note = np.full(p.shape, value, np.float32), f"set to {value:g}"
-        if p.forget is not None:
-            start, stop, own = p.forget
-            forget = own if forget_bias is None else float(forget_bias)
-            values[start:stop] = forget
-            note += f", forget gate {forget:g}" if forget else ""
-        return values, _row(p, touched=True, note=note)
+def _mirrors(
+    followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str]
+) -> dict[str, Pairs]:
+    """The weights whose outputs, and those whose inputs, come in pairs: where both sides are ours to draw."""
+    drawn = {p.name for p in parameters if p.role == WEIGHT and p.name not in left}
+    found: dict[str, Pairs] = {}
+    for name, follower in followers.items():
+        if follower.takers and name in drawn and drawn.issuperset(follower.takers):
+            found[name] = found.get(name, UNPAIRED)._replace(outputs=True)
+            for taker, repeats in follower.takers.items():
+                found[taker] = found.get(taker, UNPAIRED)._replace(repeats=repeats)
+    return found
+
+
+def _constant(p: Parameter, forget_bias: float | None) -> tuple[Any, Row]:
+    """The value of a bias or of a norm's parameter."""
+    value = 1.0 if p.role == NORM_SCALE else 0.0
+    values, note = np.full(p.shape, value, np.float32), f"set to {value:g}"
+    if p.forget is not None:
+        start, stop, own = p.forget
+        forget = own if forget_bias is None else float(forget_bias)
+        values[start:stop] = forget
+        note += f", forget gate {forget:g}" if forget else ""
+    return values, _row(p, touched=True, note=note)
+
+
+class Role(NamedTuple):
+    """What a weight is for.
+
+    Args:
+        follower: what comes after it.
+        pairs: which of its units come in pairs.
+        branches: the number of residual branches, of which it ends one.
+        tied: parameters that are this same tensor elsewhere.
+    """
+
+    follower: Follower
+    pairs: Pairs
+    branches: int
+    tied: Sequence[Parameter]
+
+
+def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any, Row]:
+    """The closed form's values of one weight."""
     assert p.layout is not None  # of every weight that is chosen, see _left_alone
+    follower, pairs = role.follower, role.pairs
     shape = p.weight_shape or p.shape
     fans = p.layout.fans(shape)
-    gain = rules.gain(follower.function, depth=follower.depth)
+    gain = rules.pair_gain(follower.function) if pairs != UNPAIRED else None
+    try:
+        gain = rules.gain(follower.function, depth=follower.depth) if gain is None else gain
+    except ValueError as error:
+        raise ValueError(f"init_: {p.layer} is followed by {follower.name}, which has no gain. {error}") from error
     std, note = _std(fans, gain, follower)
-    if branches > 1:
-        std, note = std / math.sqrt(branches), f"{note}, one of {branches} branches"
+    for (
+        other
+    ) in role.tied:  # the smaller scale is right for both: an embedding's would make an output layer's loss huge
+        assert other.layout is not None  # of every weight
+        theirs = other.layout.fans(other.shape)
+        if rules.curvature_neutral_std(*theirs, gain) < std:
+            fans, std, note = theirs, rules.curvature_neutral_std(*theirs, gain), f"drawn for {other.name}"
+    if pairs != UNPAIRED:
+        note += ", mirrored"
+    if role.branches > 1:
+        std, note = std / math.sqrt(role.branches), f"{note}, one of {role.branches} branches"
     wide = np.float64 if p.dtype == "float64" else np.float32
-    values = draw(shape, p.layout, std, distribution, stream(seed, p.key), wide)
+    values = draw(shape, p.layout, std, distribution, stream(seed, p.key), wide, pairs)
     std_drawn = _rms(values)
     if p.zero_row is not None:
         values[p.zero_row] = 0
@@ -389,6 +444,17 @@ def _drawn(
         std_drawn=std_drawn,
     )
     return values, row
+
+
+def _write_through(
+    network: Network, parameters: Sequence[Parameter], rows: dict[str, Row], values: dict[str, Any]
+) -> None:
+    """In place of derived weights, the values of what they are computed from."""
+    for p in parameters:
+        if p.derived and p.name in values:
+            parts = network.originals(p.name, values[p.name])
+            values |= parts
+            rows |= {n: replace(rows[n], touched=True, note=f"set with {p.name}") for n in parts if n != p.name}
 
 
 def _rms(values: Any) -> float:
@@ -454,7 +520,7 @@ def _left_alone(parameters: Sequence[Parameter], include: Globs | None, exclude:
     barred = _matches(parameters, exclude, "exclude") or set()
     left = {}
     for p in parameters:
-        if p.left:
+        if p.left and not p.dtype.startswith("complex"):
             left[p.name] = p.left
         elif p.tied_to is not None:
             left[p.name] = f"tied to {p.tied_to}"
@@ -464,6 +530,12 @@ def _left_alone(parameters: Sequence[Parameter], include: Globs | None, exclude:
             left[p.name] = "left: not included"
         elif p.frozen and named is None:
             left[p.name] = "left: frozen"
+        elif p.loaded and named is None:
+            left[p.name] = "left: loaded from a checkpoint"
+        elif p.left:
+            raise TypeError(
+                f"init_: model must have real parameters; got {p.name!r} of {p.dtype} in {p.layer}. exclude= leaves it."
+            )
         elif p.role not in (WEIGHT, BIAS, NORM_SCALE, NORM_OFFSET):
             left[p.name] = "left: no rule for it"
     return left
@@ -495,10 +567,10 @@ def _seed(network: Network, generator: Any, seed: int | None) -> int:
 
 
 def _inputs(data: Any, calibrated: bool, forward: Forward | None) -> Any:
-    """The inputs by which the model is traced: of a pair the first, of a loader those of its first batch."""
+    """What the model is traced by: of a pair the first, of a loader that of its first batch, or a way to call it."""
     if not calibrated:
         return data
-    if forward is not None:
-        return None
     first = data[0] if isinstance(data, list) and not hasattr(data[0], "shape") else data
+    if forward is not None:
+        return lambda model: forward(model, first)[0]
     return inputs_and_targets(first)[0]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hessinit.batches import Batches, inputs_and_targets, random_states_kept
+from hessinit.batches import ONE_AT_A_TIME, Batches, inputs_and_targets, random_states_kept
 from hessinit.draw import signs, stream
 from hessinit.losses import Loss
 from hessinit.networks import wrap
@@ -214,7 +214,7 @@ class Objective:
         if self._apply is not None:
             yield
             return
-        with self.network.pure(self.training, self.dropout, self.seed) as self._apply:
+        with ONE_AT_A_TIME, self.network.pure(self.training, self.dropout, self.seed) as self._apply:
             try:
                 yield
             finally:

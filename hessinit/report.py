@@ -14,6 +14,7 @@ from hessinit.calibration import Calibration
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+SHOWN = 6  # names in a line
 VANISHED = 1e-6  # share of the curvature, below which a weight hardly matters to the outputs
 
 
@@ -67,12 +68,14 @@ class Report:
         seed: that decided the draw.
         distribution: of the draw; None where the weights there were scaled.
         calibration: of the budget, with every probe; None for the closed form.
+        buffers: names of the model's other state (running statistics, masks), which is not set.
     """
 
     rows: tuple[Row, ...]
     seed: int
     distribution: str | None
     calibration: Calibration | None = None
+    buffers: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -132,6 +135,9 @@ class Report:
         table.insert(1, "-" * len(table[0]))
         drawn = "" if self.distribution is None else f" distribution {self.distribution},"
         table.append(f"{touched} of {len(self.rows)} parameters set;{drawn} seed {self.seed}")
+        if self.buffers:
+            named = ", ".join(self.buffers[:SHOWN]) + (", …" if len(self.buffers) > SHOWN else "")
+            table.append(f"{len(self.buffers)} buffers left as they are: {named}")
         if self.calibration is not None:
             table += [*_summary(self.calibration), *(f"warning: {line}" for line in self.warnings)]
         return "\n".join(line.rstrip() for line in table)

@@ -139,6 +139,41 @@ def gain(nonlinearity: str | Activation = "relu", param: float | None = None, *,
         raise ValueError(f"gain: nonlinearity must have a finite gain; got {nonlinearity!r}: {error}.") from error
 
 
+def pair_gain(nonlinearity: str | Activation = "relu") -> float | None:
+    """The gain of units in pairs of opposite weights, ``u`` and ``-u``, where such pairs pass signals on linearly.
+
+    Where ``φ(u) - φ(-u) = a u``, as for ReLU, leaky ReLU, GELU, SiLU and softplus, pairs that the next layer takes with
+    opposite weights act as a linear layer of slope a: no depth distorts the signal, and ``g = a / √2`` for any depth
+    and any variance. The units differ from the first step on, each being active where its partner is not.
+
+    Args:
+        nonlinearity: name or vectorised function, see :func:`activation`.
+
+    Returns:
+        g > 0; None for an activation of which pairs are not linear (tanh), or alike (a linear one).
+
+    Example:
+        >>> pair_gain("relu") == gain("relu"), round(pair_gain("gelu"), 4), pair_gain("tanh")
+        (True, 0.7071, None)
+
+    References:
+        Balduzzi et al., "The Shattered Gradients Problem: If resnets are the answer, then what is the question?",
+        ICML 2017, section 4 (the "looks linear" initialization).
+    """
+    u = _PAIRS
+    try:
+        up, down = (np.asarray(activation(nonlinearity)(x), np.float64) for x in (u, -u))
+    except Exception:  # of any kind: the function is the caller's
+        return None
+    slope = float(u @ (up - down) / (u @ u))
+    bent = np.linalg.norm(up - down - slope * u)
+    alike = np.linalg.norm(up + down)
+    if not (slope > 0 and bent <= 0.01 * np.linalg.norm(up - down) and alike >= 0.1 * np.linalg.norm(up - down)):
+        return None
+    return slope / 2**0.5
+
+
+_PAIRS = np.linspace(0.1, 3.0, 30)
 _SIGNATURE = np.random.default_rng(0).normal(size=64) * np.geomspace(0.1, 20, 64)
 
 

@@ -189,8 +189,8 @@ def hessian_orthogonal_(
 def lightning_callback(loss: Any, **options: Any) -> Any:
     """A callback for a Lightning ``Trainer`` that calls :func:`hessinit.init_` before the first step.
 
-    The module is set for its optimizer on the first batches of the train loader. A fit that goes on from a checkpoint
-    leaves the weights as they are.
+    The module is set for its optimizer on the first batches of the train loader, of all processes. A fit that goes on
+    from a checkpoint leaves the weights as they are.
 
     Args:
         loss: as for :func:`hessinit.init_`.
@@ -201,7 +201,7 @@ def lightning_callback(loss: Any, **options: Any) -> Any:
 
     Raises:
         ImportError: neither ``lightning`` nor ``pytorch_lightning`` is installed.
-        ValueError: when the fit begins, of several optimizers or processes; call ``init_`` beforehand.
+        ValueError: when the fit begins, of several optimizers; call ``init_`` beforehand.
     """
     try:
         from lightning import pytorch as lightning
@@ -214,12 +214,12 @@ def lightning_callback(loss: Any, **options: Any) -> Any:
         def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
             if trainer.global_step > 0:
                 return
-            for name, count in (("optimizers", len(trainer.optimizers)), ("world_size", trainer.world_size)):
-                if count != 1:
-                    raise ValueError(
-                        f"lightning_callback: {name} of the trainer must be one; got {count}. Call init_ beforehand."
-                    )
-            loader, optimizer = trainer.train_dataloader, trainer.optimizers[0]
-            _, self.report = init_(pl_module, loader, loss, optimizer=optimizer, return_report=True, **options)
+            if (count := len(trainer.optimizers)) != 1:
+                raise ValueError(
+                    f"lightning_callback: optimizers of the trainer must be one; got {count}. Call init_ beforehand."
+                )
+            group = {"process_group": torch.distributed.group.WORLD} if trainer.world_size > 1 else {}
+            call = {"optimizer": trainer.optimizers[0], **group, **options}
+            _, self.report = init_(pl_module, trainer.train_dataloader, loss, return_report=True, **call)
 
     return InitCallback()

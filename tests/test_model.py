@@ -4,6 +4,7 @@ import copy
 import csv
 import itertools
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -305,9 +306,94 @@ def test_lazy_meta_and_quantised_parameters_are_reported():
     assert all(row.note == "left: on the meta device" for row in report)
     real = meta.to_empty(device="cpu")
     assert all(row.touched for row in hessinit.init_(real, return_report=True)[1])
-    weights = nn.ParameterList([nn.Parameter(torch.zeros(2, 2, dtype=torch.complex64))])
-    _, report = hessinit.init_(weights, return_report=True)
-    assert report["0"].note == "left: complex64 is not a real floating-point type"
+
+
+def test_complex_weights_are_refused_unless_left():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, dtype=torch.complex64))
+    before = state(net)
+    with pytest.raises(TypeError, match="init_: model must have real parameters; got '1.weight' of complex64 in 1"):
+        hessinit.init_(net)
+    assert same(before, state(net))
+    _, report = hessinit.init_(net, exclude="1.*", return_report=True)
+    assert [row.touched for row in report] == [True, True, False, False]
+
+
+def test_an_activation_without_a_gain_is_named_with_its_layer():
+    class Steps(nn.Module):
+        def forward(self, x):
+            return torch.sign(x)
+
+    net = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), steps=Steps(), out=nn.Linear(4, 2)))
+    before = state(net)
+    with pytest.raises(ValueError, match="init_: fc is followed by Steps, which has no gain"):
+        hessinit.init_(net)
+    assert same(before, state(net))
+
+
+def test_a_weight_of_two_roles_has_the_scale_of_the_smaller():
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(1000, 32), nn.LayerNorm(32)
+            self.head = nn.Linear(32, 1000, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.norm(self.embed(ids)))
+
+    net, ids = Language(), torch.randint(0, 1000, (8, 20), generator=torch.Generator().manual_seed(0))
+    for batch in (None, ids):
+        _, report = hessinit.init_(net, batch, seed=0, return_report=True)
+        assert report["embed.weight"].note == "drawn for head.weight"
+        assert net.head.weight is net.embed.weight
+        loss = F.cross_entropy(net(ids).flatten(0, 1), ids.roll(1).flatten()).item()
+        assert loss == pytest.approx(math.log(1000), rel=0.1)
+
+
+def test_what_a_checkpoint_brought_is_left():
+    """As Hugging Face's ``from_pretrained`` marks it."""
+    net = mlp()
+    for parameter in net[0].parameters():
+        parameter._is_hf_initialized = True
+    before = state(net)
+    _, report = hessinit.init_(net, return_report=True)
+    assert report["0.weight"].note == "left: loaded from a checkpoint"
+    assert torch.equal(net[0].weight, before["0.weight"])
+    assert report["2.weight"].touched
+    assert hessinit.init_(net, include="*", return_report=True)[1]["0.weight"].touched
+
+
+def test_packed_projections_are_drawn_apart_whatever_layer_packs_them():
+    class Conv1D(nn.Module):  # of GPT-2: (inputs, outputs)
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(inputs, outputs)), nn.Parameter(torch.ones(outputs))
+
+    Conv1D.__module__ = "transformers.pytorch_utils"
+    net = nn.ModuleDict(
+        {"qkv": nn.Linear(8, 24), "c_attn": Conv1D(8, 24), "c_fc": Conv1D(8, 32), "fc": nn.Linear(8, 24)}
+    )
+    _, report = hessinit.init_(net, seed=0, return_report=True)
+    fans = {row.name: (row.fan_in, row.fan_out) for row in report if row.role == "weight"}
+    assert fans == {"qkv.weight": (8, 8), "c_attn.weight": (8, 8), "c_fc.weight": (8, 32), "fc.weight": (8, 24)}
+    for query in (net["qkv"].weight[:8], net["c_attn"].weight.T[:8]):
+        assert torch.allclose(query @ query.T, query.square().sum() / 8 * torch.eye(8), atol=1e-5)
+    assert report["c_fc.bias"].note == "set to 0"
+
+
+def test_a_forward_of_ones_own_shows_what_follows():
+    net = Functional()
+    batch = {"image": torch.randn(32, 3, 14, 14, generator=torch.Generator().manual_seed(0)), "y": torch.arange(32) % 4}
+    _, report = hessinit.init_(
+        net, batch, "cross_entropy", lr=0.1, forward=lambda m, b: (m(b["image"]), b["y"]), return_report=True
+    )
+    assert report["fc2.weight"].activation == "leaky_relu"
+
+
+def test_buffers_are_named():
+    _, report = hessinit.init_(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), return_report=True)
+    assert report.buffers == ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+    assert str(report).splitlines()[-1] == "3 buffers left as they are: " + ", ".join(report.buffers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +35,7 @@ class Parameter:
         layout: axes of a weight, else None.
         tied_to: name of the parameter listed earlier that is this same tensor, or None.
         frozen: whether it does not train.
+        loaded: whether it came from a checkpoint, as far as the framework says.
         differentiable: whether it has values of a real floating-point type.
         left: why no call may write it (not materialised, parametrized, ...), or "".
         zero_row: index on the first axis that stays zero (an embedding's padding), or None.
@@ -54,6 +55,7 @@ class Parameter:
     layout: Layout | None = None
     tied_to: str | None = None
     frozen: bool = False
+    loaded: bool = False
     differentiable: bool = True
     left: str = ""
     zero_row: int | None = None
@@ -72,12 +74,16 @@ class Follower:
         function: the activation as a vectorised NumPy function, or its known name.
         depth: number of weight layers in the plain chain that the weight is part of (norm layers end a chain).
         input_moment: mean square of the data, where it meets its first weight here and inputs were given; else None.
+        takers: by name, the weights that take the activation's outputs, with how often the row of units comes on their
+            axis of inputs. Empty where something else takes them too, or where pairs of units ``u, -u`` are not linear
+            after the activation.
     """
 
     name: str
     function: str | Callable[[Any], Any]
     depth: int | None = None
     input_moment: float | None = None
+    takers: Mapping[str, int] = field(default_factory=dict)
 
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:
@@ -186,9 +192,12 @@ class Network(Protocol):
     def parameters(self) -> Sequence[Parameter]:
         """Every parameter, in the model's order, tied ones once for each name."""
 
+    def buffers(self) -> Sequence[str]:
+        """Names of the state of a model that is no parameter."""
+
     def followers(self, inputs: Any) -> Mapping[str, Follower]:
         """What follows each weight, by name, as far as it is known: from module order, or from one traced forward
-        pass where ``inputs`` is not None. Changes nothing in the model.
+        pass where ``inputs``, or a function that gives the model's outputs, is not None. Changes nothing in the model.
         """
 
     def nonlinearity(self, nonlinearity: Any) -> str | Callable[[Any], Any]:

@@ -53,6 +53,24 @@ def _times_argument(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return product
 
 
+class Units(NamedTuple):
+    """The output units of one layer, as they lie along an axis of a tensor.
+
+    Args:
+        layer: its place in the pass.
+        size: number of units.
+        axis: of the tensor.
+        repeats: how often the row of units comes on the axis, once it is flattened with others.
+        paired: whether they came through an activation of which pairs ``u, -u`` make a linear function.
+    """
+
+    layer: int
+    size: int
+    axis: int
+    repeats: int = 1
+    paired: bool = False
+
+
 class State(NamedTuple):
     """What a tensor carries.
 
@@ -60,11 +78,13 @@ class State(NamedTuple):
         pending: weights whose follower is not yet seen.
         layers: those it came through in a chain, nearest ones.
         activated: of an activation's output: its input, the weights before, and the function.
+        units: those of one layer, where the tensor is these and nothing else.
     """
 
     pending: frozenset[str]
     layers: frozenset[int]
     activated: tuple[Any, frozenset[str], Callable[[Any], Any] | str] | None = None
+    units: Units | None = None
 
 
 class WeightGraph:
@@ -81,29 +101,67 @@ class WeightGraph:
         self._moments: list[float | None] = []
         self._activations: dict[str, tuple[str, Callable[[Any], Any] | str]] = {}
         self._outputs: frozenset[str] = frozenset()
+        self._takers: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # of paired units: layer and repeats, of each that takes them
+        self._shared: set[int] = set()  # layers whose units go elsewhere too
 
-    @staticmethod
-    def join(states: Iterable[State]) -> State:
+    def join(self, states: Iterable[State]) -> State:
         """The state of a tensor made from several."""
         states = list(states)
+        if len(states) == 1:
+            return states[0]._replace(activated=None)
+        for state in states:
+            self.mixed(state)
         return State(frozenset().union(*(s.pending for s in states)), frozenset().union(*(s.layers for s in states)))
+
+    def mixed(self, state: State) -> State:
+        """Units meet each other or something else."""
+        if state.units is not None:
+            self._shared.add(state.units.layer)
+        return state._replace(units=None)
 
     def start(self) -> State:
         """The state of the model's input."""
         return self.join([])
 
-    def weights(self, state: State, names: Sequence[str], input_moment: float | None = None) -> State:
-        """The tensor, data of this mean square if it is the model's input, meets the weights of one layer."""
+    def weights(
+        self,
+        state: State,
+        names: Sequence[str],
+        input_moment: float | None = None,
+        units: tuple[int, int, int] | None = None,
+    ) -> State:
+        """The tensor, data of this mean square if it is the model's input, meets the weights of one layer.
+
+        Args:
+            state: of the tensor.
+            names: of the weights.
+            input_moment: mean square of the data.
+            units: of a single weight that takes all of an axis to all of another: how many it takes and gives, and
+                the axis of the outputs; else None.
+        """
         self._settle(state.pending, "linear", "linear")
+        layer, taken = len(self._names), state.units
+        if taken is not None and taken.paired and units is not None and units[0] == taken.size * taken.repeats:
+            self._takers.setdefault(taken.layer, []).append((layer, taken.repeats))
+        else:
+            self.mixed(state)
         self._names.append(list(names))
         self._before.append(state.layers)
         self._moments.append(input_moment)
-        return State(frozenset(names), frozenset([len(self._names) - 1]))
+        given = Units(layer, units[1], units[2]) if units is not None and units[1] % 2 == 0 else None
+        return State(frozenset(names), frozenset([layer]), units=given)
 
     def activation(self, state: State, name: str, function: Callable[[Any], Any] | str, tensor: object = None) -> State:
         """The tensor goes through an activation; name the tensor itself where it may meet its output again."""
         self._settle(state.pending, name, function)
-        return State(frozenset(), state.layers, (tensor, state.pending, function))
+        units = state.units
+        if units is not None and not units.paired and rules.pair_gain(function) is not None:
+            units = units._replace(paired=True)
+        else:
+            units = self.mixed(state).units
+        return State(frozenset(), state.layers, (tensor, state.pending, function), units)
 
     def product(self, one: tuple[object, State], two: tuple[object, State]) -> State:
         """Two tensors are multiplied: ``u φ(u)`` is one activation, and an activation from 0 to 1 is a gate."""
@@ -119,14 +177,18 @@ class WeightGraph:
 
     def norm(self, state: State) -> State:
         """The tensor is normalised: a new chain starts."""
-        return State(state.pending, frozenset())
+        if state.units is not None and state.units.paired:  # pairs that are norms of u and -u are such pairs again
+            state = self.mixed(state)
+        return State(state.pending, frozenset(), units=state.units)
 
     def unknown(self, state: State) -> State:
         """The tensor enters something that cannot be followed."""
+        self.mixed(state)
         return self.start()
 
     def end(self, state: State) -> None:
         """The pass is over."""
+        self.mixed(state)
         if self.whole:
             self._outputs = state.pending
 
@@ -151,8 +213,17 @@ class WeightGraph:
                 if activation is None and name in self._outputs:
                     activation = self._activation_before(layer)
                 if activation is not None and name not in found:
-                    found[name] = Follower(*activation, behind[layer] + ahead[layer] - 1, self._moments[layer])
+                    depth = behind[layer] + ahead[layer] - 1
+                    found[name] = Follower(*activation, depth, self._moments[layer], self._pairs(layer))
         return found
+
+    def _pairs(self, layer: int) -> Mapping[str, int]:
+        """The weights that take this layer's units and nothing else does, with repeats, where pairs would be linear."""
+        met = [name for names in self._names for name in names]
+        takers = [] if layer in self._shared else self._takers.get(layer, [])
+        names = [*self._names[layer], *(name for taker, _ in takers for name in self._names[taker])]
+        once = all(met.count(name) == 1 for name in names)
+        return {self._names[taker][0]: repeats for taker, repeats in takers} if once else {}
 
     def _settle(self, pending: Iterable[str], name: str, function: Callable[[Any], Any] | str) -> None:
         for weight in pending:

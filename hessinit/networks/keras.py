@@ -31,6 +31,8 @@ _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 _NORM = (layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization, layers.RMSNormalization)
 _ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
+_POOLING = ("AveragePooling", "MaxPooling", "GlobalAveragePooling", "GlobalMaxPooling", "SpatialDropout")
+_KEEPING = (layers.Dropout, *(getattr(layers, f"{name}{n}D") for name in _POOLING for n in (1, 2, 3)))
 _ROLES = {"gamma": base.NORM_SCALE, "scale": base.NORM_SCALE, "beta": base.NORM_OFFSET}
 
 
@@ -84,6 +86,9 @@ class KerasNetwork:
                 f"{function}: model {self.model.name!r} must be built; got a model without weights. "
                 "Pass batch=, or call model.build(input_shape) first."
             )
+        if callable(inputs):
+            inputs(self.model)
+            return
         self.model(keras.tree.map_structure(lambda x: keras.ops.convert_to_tensor(x[:64]), inputs))
 
     def parameters(self) -> Sequence[Parameter]:
@@ -112,13 +117,18 @@ class KerasNetwork:
             )
         return found
 
+    def buffers(self) -> Sequence[str]:
+        return []  # all of it are variables
+
     def followers(self, inputs: Any) -> Mapping[str, Follower]:
         graph = WeightGraph(whole=True)
         symbolic = self._symbolic(inputs)
         if symbolic is None:
             return {}
         starts, outputs = symbolic
-        ends = _follow(graph, starts, outputs, start=[graph.start()] * len(starts), data=inputs)
+        ends = _follow(
+            graph, starts, outputs, start=[graph.start()] * len(starts), data=None if callable(inputs) else inputs
+        )
         graph.end(graph.join(ends))
         return graph.followers()
 
@@ -126,7 +136,7 @@ class KerasNetwork:
         """Symbolic inputs and outputs: the model's own, or those of a call on placeholders shaped like ``inputs``."""
         if getattr(self.model, "inputs", None) and getattr(self.model, "outputs", None):
             return keras.tree.flatten(self.model.inputs), keras.tree.flatten(self.model.outputs)
-        if inputs is None:
+        if inputs is None or callable(inputs):
             return None
         placeholders = keras.tree.map_structure(
             lambda x: keras.Input(tuple(x.shape[1:]), dtype=keras.backend.standardize_dtype(x.dtype)), inputs
@@ -388,9 +398,26 @@ def _step(
     if operation._layers:  # something composed by a user
         return [graph.unknown(state)]
     if weights:
-        state = graph.weights(state, weights, moment())
+        state = graph.weights(state, weights, moment(), _units(operation))
         tensors = [None]  # between a layer's kernel and its own activation there is no symbolic tensor
     return [_activate(graph, state, operation, tensors)]
+
+
+def _units(layer: keras.Layer) -> tuple[int, int, int] | None:
+    """Units that a layer's kernel takes and gives, and the axis of the outputs, if it takes all of them to all."""
+    last = getattr(layer, "data_format", "channels_last") == "channels_last"
+    plain = isinstance(layer, layers.Dense) or (isinstance(layer, _CONV) and layer.groups == 1 and last)
+    return (*layer.kernel.shape[-2:], -1) if plain else None
+
+
+def _carried(graph: WeightGraph, state: State, operation: Any, tensor: Any) -> State:
+    """The state after an operation that may reorder units."""
+    if state.units is None or isinstance(operation, _KEEPING):
+        return state
+    if isinstance(operation, layers.Flatten) and operation.data_format == "channels_last":
+        repeats = math.prod(tensor.shape[1:-1])
+        return state._replace(units=state.units._replace(repeats=repeats * state.units.repeats))
+    return graph.mixed(state)
 
 
 def _activate(graph: WeightGraph, state: State, operation: Any, tensors: list[Any]) -> State:
@@ -398,10 +425,10 @@ def _activate(graph: WeightGraph, state: State, operation: Any, tensors: list[An
     weighted = tensors[0] is None
     function = getattr(operation, "activation", None if weighted else operation)
     if not state.pending or len(tensors) != 1 or function is None:
-        return state
+        return state if weighted else _carried(graph, state, operation, tensors[0])
     numpy_function = as_numpy_function(function)
     if not _acts(numpy_function):
-        return state
+        return state if weighted else _carried(graph, state, operation, tensors[0])
     name = getattr(function, "__name__", None) or type(operation).__name__
     return graph.activation(state, name, numpy_function, tensors[0])
 

@@ -28,6 +28,7 @@ Array = npt.NDArray[np.floating[Any]]
 GATES = {"LSTM": 4, "LSTMCell": 4, "GRU": 3, "GRUCell": 3}
 _CONV_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PACKED = {"qkv", "to_qkv", "in_proj", "qkv_proj", "Wqkv", "query_key_value", "c_attn"}  # query, key and value in one
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -36,8 +37,15 @@ def accepts(model: object) -> bool:
     return isinstance(model, nn.Module)
 
 
-def weight_layout(module: nn.Module, name: str) -> Layout | None:
-    """The layout of a module's own parameter if it is a weight that the rule covers, else None."""
+def weight_layout(module: nn.Module, name: str, path: str = "") -> Layout | None:
+    """The layout of a module's own parameter if it is a weight that the rule covers, else None.
+
+    Args:
+        module: that owns it.
+        name: of the parameter in the module.
+        path: of the module in the model, whose last part tells packed projections from other linear layers.
+    """
+    packed = path.rpartition(".")[2] in _PACKED
     if isinstance(module, (*_CONV, *_CONV_TRANSPOSED)) and name == "weight":
         transposed = isinstance(module, _CONV_TRANSPOSED)
         axes = "(gi)o..." if transposed else "(go)i..."
@@ -54,7 +62,17 @@ def weight_layout(module: nn.Module, name: str) -> Layout | None:
         kind = module.mode if isinstance(module, nn.RNNBase) else type(module).__name__
         gates = 1 if name.startswith("weight_hr") else GATES.get(kind, 1)
         return Layout("(go)i", groups=gates)
-    return TORCH if isinstance(module, nn.Linear) and name == "weight" else None
+    if isinstance(module, nn.Linear) and name == "weight":
+        return Layout("(go)i", groups=3) if packed and module.out_features == 3 * module.in_features else TORCH
+    if name == "weight" and _is_transposed_linear(module):
+        inputs, outputs = module.get_parameter("weight").shape
+        return Layout("i(go)", groups=3) if packed and outputs == 3 * inputs else Layout("io")
+    return None
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """GPT-2's linear layer in Hugging Face's transformers, of weights (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def _role(module: nn.Module, name: str) -> str:
@@ -63,7 +81,8 @@ def _role(module: nn.Module, name: str) -> str:
     if weight_layout(module, name) is not None:
         return base.WEIGHT
     known = (nn.Linear, *_CONV, *_CONV_TRANSPOSED, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-    return base.BIAS if isinstance(module, known) and "bias" in name and name[-2:] not in ("_k", "_v") else base.OTHER
+    biased = isinstance(module, known) or _is_transposed_linear(module)
+    return base.BIAS if biased and "bias" in name and name[-2:] not in ("_k", "_v") else base.OTHER
 
 
 def _forget(module: nn.Module, name: str) -> tuple[int, int, float] | None:
@@ -134,9 +153,10 @@ class TorchNetwork:
                 shape=() if lazy else tuple(parameter.shape),
                 dtype=str(parameter.dtype).removeprefix("torch."),
                 role=_role(module, local),
-                layout=weight_layout(module, local),
+                layout=weight_layout(module, local, name.rpartition(".")[0]),
                 tied_to=None if tied == name else tied,
                 frozen=not parameter.requires_grad,
+                loaded=getattr(parameter, "_is_hf_initialized", False),
                 differentiable=not lazy and not parameter.is_meta and parameter.is_floating_point(),
                 left=_why_left(parameter),
                 zero_row=padding if isinstance(padding, int) else None,
@@ -154,8 +174,14 @@ class TorchNetwork:
             values = of.inverse(torch.from_numpy(np.ascontiguousarray(weight)).to(like.device))
         return {part: value.cpu().numpy() for part, value in zip(of.originals, values, strict=True)}
 
+    def buffers(self) -> Sequence[str]:
+        return [name for name, _ in self.model.named_buffers()]
+
     def followers(self, inputs: Any) -> Mapping[str, Follower]:
-        names = {id(p): n for n, m, local, p in _owned_parameters(self.model) if weight_layout(m, local) is not None}
+        names: dict[int, str] = {}
+        for name, module, local, parameter in _owned_parameters(self.model):
+            if weight_layout(module, local) is not None:
+                names.setdefault(id(parameter), name)
         computed = list(derived(self.model))
         if inputs is not None:
             return trace(self.model, inputs, names, computed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hessinit.networks.base import Follower
-from hessinit.networks.graph import State, WeightGraph, is_activation
+from hessinit.networks.graph import State, Units, WeightGraph, is_activation
 from hessinit.networks.torch_autodiff import cuda_devices
 from hessinit.networks.torch_derived import Derived
 
@@ -27,6 +28,9 @@ _GATED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _GATED_FUNCTIONS = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _GATED_FUNCTIONS |= {"multi_head_attention_forward", "_native_multi_head_attention"}
 _NORM_FUNCTIONS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"}
+_FLATTENING = {"flatten", "reshape", "view", "squeeze", "mean"}
+_REORDERING = {"transpose", "permute", "movedim", "swapaxes", "swapdims", "flip", "roll", "sort", "cumsum", "softmax"}
+_REORDERING |= {"__getitem__", "__get__"}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 
 
@@ -127,7 +131,7 @@ class _Tracer(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if weights:
             moment = None if states else self._input_moment(given)
-            state = self.graph.weights(self.graph.join(states), weights, moment)
+            state = self.graph.weights(self.graph.join(states), weights, moment, _units(name, given))
             if name in _GATED_FUNCTIONS:
                 state = self.graph.activation(state, "gates", "linear")
         elif self.inside or not states:
@@ -143,9 +147,13 @@ class _Tracer(TorchFunctionMode):
                 function = as_numpy_function(lambda u: func(u, *args[1:], **kwargs))
                 if is_activation(function):
                     state = self.graph.activation(state, name.strip("_"), function, given[0])
-        for tensor in _flatten(result):
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                self.states[tensor] = state
+        made = [t for t in _flatten(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if state.units is not None and made and not weights:
+            whole = len(made) == 1 and (len(given) == 1 or name in _NORM_FUNCTIONS)
+            units = _carried(state.units, given[0], made[0], name) if whole else None
+            state = self.graph.mixed(state) if units is None else state._replace(units=units)
+        for tensor in made:
+            self.states[tensor] = state
         return result
 
     def _name(self, tensor: torch.Tensor) -> str:
@@ -174,6 +182,30 @@ class _Tracer(TorchFunctionMode):
             self.states[output] = self.graph.activation(state, type(module).__name__, function, args[0])
 
 
+def _units(name: str, given: Sequence[torch.Tensor]) -> tuple[int, int, int] | None:
+    """Units that a function of (data, weight, bias) takes and gives, and their axis, if it takes all of them to all."""
+    if name not in ("linear", "conv1d", "conv2d", "conv3d") or len(given) < 2:
+        return None
+    data, weight = given[:2]
+    axis = -1 if name == "linear" else 1 - weight.ndim
+    if weight.ndim < 2 or data.shape[axis] != weight.shape[1]:  # the latter of a convolution in groups
+        return None
+    return weight.shape[1], weight.shape[0], axis
+
+
+def _carried(units: Units, before: torch.Tensor, after: torch.Tensor, name: str) -> Units | None:
+    """The units in the output of a function of their tensor alone; None where they may have lost their order."""
+    if name in _REORDERING:
+        return None
+    shape, axis = before.shape, units.axis % before.ndim
+    if after.ndim == before.ndim and after.shape[axis] == shape[axis]:
+        return units
+    flat = (*shape[:axis], math.prod(shape[axis:]))
+    if name in _FLATTENING and after.shape in (flat, shape[: axis + 1]):
+        return units._replace(size=after.shape[-1], axis=-1)
+    return None
+
+
 def trace(
     model: nn.Module, inputs: Any, names: Mapping[int, str], computed: Sequence[Derived] = ()
 ) -> Mapping[str, Follower]:
@@ -181,7 +213,7 @@ def trace(
 
     Args:
         model: the model.
-        inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        inputs: a tensor, a tuple of positional or a dict of keyword arguments, or a function of the model.
         names: of its weights, by ``id``.
         computed: weights that are computed from others, each named as the first of them.
     """
@@ -214,7 +246,9 @@ def trace(
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """The model's outputs for a tensor, a list or tuple of positional arguments, or a dict of keyword arguments."""
+    """The model's outputs for a tensor, positional arguments, a dict of keyword ones, or by a function of the model."""
+    if callable(inputs) and not isinstance(inputs, torch.Tensor):
+        return inputs(model)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
