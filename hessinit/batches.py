@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
+from numpy.random import mtrand
 
 from hessinit.progress import track
 
@@ -45,13 +47,29 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         count = 0
-        for batch in [self.data] if self.in_memory else track(self.data, "batches", self._progress):
+        length = None if self.in_memory else operator.length_hint(self.data) or None
+        for batch in [self.data] if self.in_memory else track(self._loaded(), "batches", self._progress, length):
             count += 1
             if self.samples(batch) == 0:
                 raise ValueError("batch must not be empty; got no samples")
             yield batch
         if count == 0:
             raise ValueError("batch must not be empty; got a loader that yields nothing")
+
+    def _loaded(self) -> Iterator[Any]:
+        """What the loader yields; an error of its own says where it comes from."""
+        count = 0
+        try:
+            for batch in self.data:
+                count += 1
+                yield batch
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise ValueError(
+                "batch must be a loader that can be read to its end; "
+                f"after {count} batches it raised {type(error).__name__}: {error}"
+            ) from error
 
     def arrays(self, tree: Any) -> Iterator[Any]:
         """Every array of a batch."""
@@ -94,18 +112,45 @@ class Batches:
 
 @contextlib.contextmanager
 def random_states_kept(framework: AbstractContextManager[Any]) -> Iterator[None]:
-    """Puts the global random states back that a shuffling loader uses, so its order is the same every time.
+    """Puts the global random states back that loaders and models use, so a shuffled order is the same every time.
 
     Args:
         framework: a context that does so for the framework's own.
     """
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with ONE_AT_A_TIME:
+        python, legacy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+        try:
+            with framework:
+                yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+
+_DRAWS = np.random.MT19937(0)  # seeded anew at every use, as that takes far less time than to save and set a state
+
+
+@contextlib.contextmanager
+def fixed_draws(seed: int) -> Iterator[None]:
+    """Python's and NumPy's global random numbers from a seed, for a model that draws from them.
+
+    Only inside :func:`random_states_kept`, which alone keeps the second of a pair of NumPy's normal numbers.
+    """
+    python, own = random.getstate(), mtrand.get_bit_generator()
     try:
-        with ONE_AT_A_TIME, framework:
-            yield
+        random.seed(int(seed))
+        mtrand.set_bit_generator(_DRAWS)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        yield
     finally:
         random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
+        mtrand.set_bit_generator(own)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which is neither the model's fault nor the data's."""
+    kind = type(error).__name__
+    return isinstance(error, MemoryError) or kind in ("OutOfMemoryError", "ResourceExhaustedError")
 
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")

@@ -139,7 +139,11 @@ def solve(
             reason = "met"
             break
         if len(points) >= max_probes:
-            reason = f"stopped after {max_probes} probes at ρ = {best.sharpness:.3g}"
+            best = min(points, key=distance)
+            met = (
+                abs(_off(best, goals)) <= TOLERANCE and _outside(best, band) == 0
+            )  # one that had gone farther than asked
+            reason = "met" if met else f"stopped after {max_probes} probes at ρ = {best.sharpness:.3g}"
             break
         slopes = slopes or probe.slopes()
         rho, r = math.log(best.sharpness), math.log(best.level)

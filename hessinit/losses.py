@@ -50,6 +50,10 @@ class Loss:
         """Raises ValueError unless the targets fit the outputs."""
         raise NotImplementedError
 
+    def _check_finite(self, y: Array) -> None:
+        if self.arrays.is_floating(y) and not self.arrays.finite(y):
+            raise ValueError("targets must be finite; got NaN or infinity")
+
     def count(self, shape: Shape, y: Array) -> float:
         """What the mean divides the total by, for outputs of a shape: the number of terms, or their weights."""
         raise NotImplementedError
@@ -135,6 +139,7 @@ class CrossEntropy(Loss):
         if self.weight is not None and tuple(self.weight.shape) != (shape[axis],):
             raise ValueError(f"class weights of shape {tuple(self.weight.shape)} do not fit {shape[axis]} classes")
         if self._soft(shape, y):
+            self._check_finite(y)
             return
         expected = shape[:axis] + shape[axis + 1 :]
         labels = self._labels(z, y)
@@ -245,6 +250,7 @@ class Elementwise(Loss):
     def check(self, z: Array, y: Array) -> None:
         if tuple(y.shape) != tuple(z.shape):
             raise ValueError(f"targets of shape {tuple(y.shape)} do not fit outputs of shape {tuple(z.shape)}")
+        self._check_finite(y)
 
     def count(self, shape: Shape, y: Array) -> float:
         return float(np.prod(shape))

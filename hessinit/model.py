@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overloa
 import numpy as np
 
 from hessinit import rules
-from hessinit.batches import Batches, inputs_and_targets, random_states_kept
+from hessinit.batches import ONE_AT_A_TIME, Batches, inputs_and_targets, out_of_memory, random_states_kept
 from hessinit.calibration import LEVEL, MAX_SCALE, Calibration, Target, calibrate, take
 from hessinit.calibration import check as check_target
 from hessinit.draw import UNPAIRED, Pairs, check_distribution, draw, stream
@@ -221,10 +221,11 @@ def init_(
         ends = _matches(parameters, residual_branches, "residual_branches") or set()
         rows: dict[str, Row] = {}
         values: dict[str, Any] = {}
-        with _forward_errors(inputs):
+        with random_states_kept(network.random_state()), _forward_errors(inputs):
             followers = _shared(group, network.followers(inputs))
-        if any(not math.isfinite(f.input_moment or 0) for f in followers.values()):
-            raise ValueError(f"{function}: batch must be finite; got NaN or infinity in the inputs.")
+        unfit = [name for name, f in followers.items() if not math.isfinite(f.input_moment or 0)]
+        if unfit:
+            raise ValueError(f"{function}: batch must be finite; got NaN or infinity in the inputs of {unfit[0]}.")
         if base == CURRENT:
             _keep(network, parameters, left, rows, values)
         else:
@@ -506,7 +507,7 @@ def _forward_errors(inputs: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if inputs is None or str(error).startswith("init_: "):
+        if inputs is None or out_of_memory(error) or str(error).startswith("init_: "):
             raise
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
@@ -560,7 +561,8 @@ def _seed(network: Network, generator: Any, seed: int | None) -> int:
     if generator is not None and seed is not None:
         raise ValueError(f"init_: generator and seed must not both be given; got {generator!r} and {seed!r}.")
     if seed is None:
-        return network.seed(generator)
+        with ONE_AT_A_TIME:  # which another thread may hold with the global random state set to its own
+            return network.seed(generator)
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
         raise TypeError(f"init_: seed must be an integer or None; got {seed!r}.")
     return int(seed)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hessinit.batches import ONE_AT_A_TIME, Batches, inputs_and_targets, random_states_kept
+from hessinit.batches import Batches, fixed_draws, inputs_and_targets, out_of_memory, random_states_kept
 from hessinit.draw import signs, stream
 from hessinit.losses import Loss
 from hessinit.networks import wrap
@@ -141,12 +141,15 @@ class Objective:
     def _chunk(self, batch: Any) -> Chunk:
         def outputs(values: Named) -> Array:
             assert self._apply is not None  # over_data is under way
-            z, targets = self._apply(values, lambda: self._forward(batch))
+            with fixed_draws(self.seed):
+                z, targets = self._apply(values, lambda: self._forward(batch))
             z = getattr(z, "logits", z)
             z = z["logits"] if isinstance(z, Mapping) and "logits" in z else z
+            if not self.network.arrays.is_array(z):
+                raise TypeError(f"outputs must be one tensor; got {type(z).__name__}. Pass forward= to choose it")
+            if chunk.targets is not None and tuple(z.shape) != chunk.shape:
+                raise ValueError(f"outputs must have one shape at every call; got {tuple(z.shape)} after {chunk.shape}")
             if chunk.targets is None:
-                if not self.network.arrays.is_array(z):
-                    raise TypeError(f"outputs must be one tensor; got {type(z).__name__}. Pass forward= to choose it")
                 targets = self.network.targets(targets, z)
                 self.loss.check(z, targets)
                 chunk.targets, chunk.shape = targets, tuple(z.shape)
@@ -166,8 +169,8 @@ class Objective:
         return self.network.forward(inputs), targets
 
     def _random_state(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps the random states that a loader may use."""
-        return contextlib.nullcontext() if self.batches.in_memory else random_states_kept(self.network.random_state())
+        """Keeps the random states that a loader or the model may use."""
+        return random_states_kept(self.network.random_state())
 
     @contextlib.contextmanager
     def named_errors(self) -> Iterator[None]:
@@ -175,6 +178,8 @@ class Objective:
         try:
             yield
         except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+            if out_of_memory(error):
+                raise
             text = f"{error}".strip().splitlines()[0] if f"{error}".strip() else type(error).__name__
             if text.startswith(f"{self.function}:"):
                 raise
@@ -214,7 +219,7 @@ class Objective:
         if self._apply is not None:
             yield
             return
-        with ONE_AT_A_TIME, self.network.pure(self.training, self.dropout, self.seed) as self._apply:
+        with self.network.pure(self.training, self.dropout, self.seed) as self._apply:
             try:
                 yield
             finally:
@@ -226,7 +231,8 @@ class Objective:
         bad = any(not (np.isfinite(x).all() if isinstance(x, np.ndarray) else arrays.finite(x)) for x in parts)
         if bad:
             return "batch must be finite; got NaN or infinity in the data"
-        weights = [n for n, v in self.network.values(self.select(None)).items() if not arrays.finite(v)]
+        values = self.values([n for n, p in self.parameters.items() if p.differentiable and p.tied_to is None])
+        weights = [name for name, value in values.items() if not arrays.finite(value)]
         which = f"parameter {weights[0]!r} is not" if weights else "data and parameters are, the outputs are not"
         return f"the model's outputs must be finite; {which}"
 
@@ -261,7 +267,8 @@ class Objective:
 
     def check(self) -> None:
         """Raises where data, outputs and loss do not fit: of all data in memory, of a loader's first batch."""
-        self.value(first=not self.batches.in_memory)
+        if np.isnan(self.value(first=not self.batches.in_memory)):
+            raise ValueError(f"{self.function}: the loss must be a number; got nan, of finite outputs.")
 
     def value(self, first: bool = False) -> float:
         """The loss; ``first``: of the first chunk alone."""

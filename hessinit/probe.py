@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from hessinit.batches import out_of_memory
 from hessinit.budget import Point, Vector
 from hessinit.draw import signs
-from hessinit.networks.base import Array, Arrays, Derivatives, Function, Named, Network
+from hessinit.networks.base import Array, Arrays, Derivatives, Function, Named, Network, Parameter
 from hessinit.objective import Chunk, Objective
 
 GRADIENT, FORWARD, BACKWARD, PRODUCT = 1.0, 1 / 3, 2 / 3, 3.0  # in gradient passes; a JVP counts as a gradient
@@ -173,7 +174,7 @@ class NetworkProbe:
             pulled = pull(self._rooted(chunk, z, rng))
             return z, {
                 "curvature": {name: self.arrays.dot(pulled[name], pulled[name]) for name in self.trained},
-                "units": {name: self._units(name, pulled[name]) for name in self.base},
+                "units": {n: unit_squares(self.arrays, self.objective.parameters[n], pulled[n]) for n in self.base},
             }
 
         found = self.objective.over_data(work)
@@ -230,16 +231,16 @@ class NetworkProbe:
         product = loss.product(z, y, epsilon)
         return product * (abs(self.arrays.dot(epsilon, product)) / (self.arrays.dot(product, product) or 1.0)) ** 0.5
 
-    def _units(self, name: str, pulled: Array) -> Any:
-        """Squares of what moves each output unit of a weight."""
-        parameter = self.objective.parameters[name]
-        assert parameter.layout is not None  # of every weight with a scale
-        if parameter.derived:  # what scales the units of a weight one by one
-            return np.square(self.arrays.numpy(pulled), dtype=np.float64).ravel()
-        stack, sorted_shape, back = parameter.layout.blocks(parameter.shape)
-        split = self.arrays.numpy(pulled).reshape([sorted_shape[axis] for axis in back])
-        arranged = split.transpose(np.argsort(back)).reshape(stack)
-        return np.square(arranged, dtype=np.float64).sum(axis=2).ravel()
+
+def unit_squares(arrays: Arrays, parameter: Parameter, pulled: Array) -> Vector:
+    """Squares of what moves each output unit of a weight, from what was pulled back to it."""
+    assert parameter.layout is not None  # of every weight
+    if parameter.derived:  # what scales the units of a weight one by one
+        return np.asarray(np.square(arrays.numpy(pulled), dtype=np.float64).ravel())
+    stack, sorted_shape, back = parameter.layout.blocks(parameter.shape)
+    split = arrays.numpy(pulled).reshape([sorted_shape[axis] for axis in back])
+    arranged = split.transpose(np.argsort(back)).reshape(stack)
+    return np.asarray(np.square(arranged, dtype=np.float64).sum(axis=2).ravel())
 
 
 def _ratio(x: Vector, y: float) -> Vector:
@@ -265,19 +266,23 @@ class OrDifferences:
         """``f(values)`` and ``J tangents``."""
         try:
             return self._exact.jvp(f, values, tangents)
-        except _MISSING:
-            up, down, h = self._moved(values, tangents)
-            plus, minus = (self._exact.vjp(f, moved)[0] for moved in (up, down))
-            return self._exact.vjp(f, values)[0], (plus - minus) / (2 * h)
+        except _MISSING as error:
+            if out_of_memory(error):
+                raise
+        up, down, h = self._moved(values, tangents)  # an error from here is one of its own, not a second one
+        plus, minus = (self._exact.vjp(f, moved)[0] for moved in (up, down))
+        return self._exact.vjp(f, values)[0], (plus - minus) / (2 * h)
 
     def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Array, dict[str, Array]]:
         """A scalar ``f(values)`` and the rows of ``D²f tangents``."""
         try:
             return self._exact.hvp(f, values, tangents, rows)
-        except _MISSING:
-            up, down, h = self._moved(values, tangents)
-            plus, minus = (self._exact.gradient(f, moved)[1] for moved in (up, down))
-            return self._exact.gradient(f, values)[0], {n: (plus[n] - minus[n]) / (2 * h) for n in rows}
+        except _MISSING as error:
+            if out_of_memory(error):
+                raise
+        up, down, h = self._moved(values, tangents)
+        plus, minus = (self._exact.gradient(f, moved)[1] for moved in (up, down))
+        return self._exact.gradient(f, values)[0], {n: (plus[n] - minus[n]) / (2 * h) for n in rows}
 
     def _moved(self, values: Named, tangents: Named) -> tuple[dict[str, Array], dict[str, Array], float]:
         """Values a small way along tangents, up and down, and the way."""

@@ -9,13 +9,14 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], label: str, show: bool | None) -> Iterator[T]:
+def track(items: Iterable[T], label: str, show: bool | None, length: int | None = None) -> Iterator[T]:
     """The items, with a bar on standard error.
 
     Args:
         items: to go through.
         label: in front of the bar.
         show: True, False, or None for only where standard error is a terminal and ``rich`` is installed.
+        length: number of items; None for their own ``len``, if they have one.
 
     Raises:
         ImportError: ``show`` is True and ``rich`` is not installed.
@@ -31,4 +32,4 @@ def track(items: Iterable[T], label: str, show: bool | None) -> Iterator[T]:
             raise ImportError("progress=True needs rich: pip install rich") from None
         yield from items
         return
-    yield from rich_track(items, label, console=Console(stderr=True), transient=True)
+    yield from rich_track(items, label, length, console=Console(stderr=True), transient=True)

@@ -7,7 +7,7 @@ range is lowered by the level first was found with a look at the MLP of 12 layer
 Every run: batches of 64, the images and epochs of ``STUDY``; the mean loss of the batches of the last fifth of the last
 epoch. He, Glorot, orthogonal (torch's gain), torch's default and the closed form are the rivals; the budget raises the
 step sharpness to c and lowers it to 2, with c = 0.7 under SGD and 0.18 under Adam, and half and twice as much on the
-plain nets and LeNet-5.
+plain nets and LeNet-5; and once more without units in pairs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hessinit.experiments.baselines import INITIALIZERS
 
 SEEDS = (0, 1, 2)
 RIVALS = ("torch_default", "he_normal", "glorot_uniform", "orthogonal_gain", "closed_form")
+UNPAIRED = "budget_unpaired"
 LRS = {"sgd": (0.01, 0.1, 0.3), "adam": (1e-4, 1e-3, 3e-3)}
 C = {"sgd": PROPORTIONAL, "adam": SIGN_LIKE}
 FACTORS = (0.5, 2.0)  # on c
@@ -62,7 +63,7 @@ def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[tuple[str, training.Ru
         few = replace(whole, x_train=whole.x_train[:samples], y_train=whole.y_train[:samples])
         for optimizer, lrs in LRS.items():
             c = C[optimizer]
-            rows: list[tuple[str, float | None]] = [*((name, None) for name in RIVALS), ("budget", c)]
+            rows: list[tuple[str, float | None]] = [*((name, None) for name in RIVALS), ("budget", c), (UNPAIRED, c)]
             rows += [("budget", factor * c) for factor in FACTORS if problem in FACTORS_ON]
             for seed in seeds:
                 for lr in lrs[:count]:
@@ -118,8 +119,8 @@ def draw(table: pd.DataFrame) -> Any:
             for (initializer, c), runs in own.groupby(["initializer", "c"], dropna=False, sort=False):
                 by_lr = runs.groupby("lr").last_fifth_loss
                 factor = c / C[optimizer] if initializer == "budget" else 1.0
-                style = {0.5: ":", 2.0: "--"}.get(round(factor, 3), "-")
-                label = INITIALIZERS[initializer].label + (f", c × {factor:g}" if style != "-" else "")
+                style = "-." if initializer == UNPAIRED else {0.5: ":", 2.0: "--"}.get(round(factor, 3), "-")
+                label = INITIALIZERS[initializer].label + (f", c × {factor:g}" if factor != 1.0 else "")
                 means, spread = by_lr.mean(), by_lr.std()
                 width = 2.2 if initializer == "budget" and style == "-" else 1.2
                 panel.errorbar(

@@ -357,6 +357,47 @@ def test_inputs_are_measured_where_they_meet_the_first_weight():
     assert np.mean(pre_activation**2) == pytest.approx(rules.INPUT_VARIANCE, rel=0.1)
 
 
+PAIRED = [
+    layers.Dense(8, "relu"),
+    layers.Dense(6),
+    layers.ReLU(negative_slope=0.2),
+    layers.Dropout(0.5),
+    layers.Dense(3),
+]
+IMAGES = [
+    layers.Conv2D(6, 3, activation="relu"),
+    layers.AveragePooling2D(2),
+    layers.Conv2D(4, 2),
+    layers.Activation("silu"),
+    layers.Flatten(),
+    layers.Dense(3),
+]
+
+
+@pytest.mark.parametrize(("shape", "body"), [((5,), PAIRED), ((8, 8, 2), IMAGES)])
+def test_mirrored_units_make_a_net_that_begins_linear(shape, body):
+    x = np.random.default_rng(0).normal(size=(32, *shape)).astype("float32")
+    net = keras.Sequential([keras.Input(shape), *(type(layer).from_config(layer.get_config()) for layer in body)])
+    for mirrored in (True, False):
+        _, report = hessinit.init_(net, x, seed=0, mirrored=mirrored, return_report=True)
+        assert (np.abs(numpy(net(x)) + numpy(net(-x))).max() < 1e-5) == mirrored
+        assert all(("mirrored" in row.note) == mirrored for row in report if row.role == "weight")
+
+
+def test_units_that_are_taken_twice_or_reshaped_are_not_mirrored():
+    x = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
+    for between in (
+        lambda u: layers.Add()([layers.Dense(6)(u), u]),
+        lambda u: layers.Dense(6)(layers.LayerNormalization()(u)),
+        lambda u: layers.Dense(6)(layers.Reshape((6,))(layers.Permute((2, 1))(layers.Reshape((2, 3))(u)))),
+    ):
+        i = keras.Input((6,))
+        first = layers.Dense(6, "relu")
+        net = keras.Model(i, layers.Dense(2)(layers.Activation("tanh")(between(first(i)))))
+        _, report = hessinit.init_(net, x, seed=0, mirrored=True, return_report=True)
+        assert "mirrored" not in report[first.kernel.path].note
+
+
 def test_same_seed_same_weights_in_models_built_alike_whatever_the_global_state():
     one = weights(hessinit.init_(mlp(), seed=0))
     keras.utils.set_random_seed(9)

@@ -13,7 +13,8 @@ SCALES = (1 / 20, 3.0)
 
 
 def solve(probe, size, target, **options):
-    return budget.solve(probe, size, (target, target), **{"level": (0.3, 1.0), "scales": SCALES, **options})
+    ends = target if isinstance(target, tuple) else (target, target)
+    return budget.solve(probe, size, ends, **{"level": (0.3, 1.0), "scales": SCALES, **options})
 
 
 class Homogeneous:
@@ -182,6 +183,38 @@ def test_what_cannot_be_met_is_said():
     assert solve(Homogeneous([3.0]), 1, 0.2).reason == "cannot be met: highest reachable ρ is 0.1"
     assert solve(Homogeneous([4, 2, 1]), 3, 1e6).reason.startswith("bounded by max_scale: ρ = ")
     assert solve(Normalised([4, 2, 1]), 3, 1e-3).reason.startswith("cannot be met: lowest reachable ρ is ")
+
+
+class Deep(Homogeneous):
+    """With biases, whose traces are the squares of all scales that come after them."""
+
+    def shares(self, theta):
+        later = np.append(theta[::-1].cumsum()[::-1], 0.0)[1:]
+        return super().shares(theta) + 0.1 * np.exp(2 * later)
+
+    def slopes(self):  # of the weights alone, as biases have no scale
+        return super().slopes()
+
+
+@pytest.mark.parametrize("layers", [3, 10, 50])
+def test_many_layers_move_less_each_and_what_goes_too_far_is_taken_back(layers):
+    net = Deep(np.geomspace(1, 1.5, layers), sharpness=0.2)
+    solution = solve(net, layers, (0.7, 2.0))
+    moved = np.abs(solution.points[1].theta).sum()
+    assert 0 < moved <= 1.01 * budget.TRUST * budget.REACH
+    assert solution.met
+    assert 0.6 < solution.best.sharpness < 0.7 * math.exp(budget.OVERSHOT) * 1.1
+
+
+def test_a_point_beyond_what_was_asked_for_will_do_when_probes_run_out():
+    class Jump(Homogeneous):
+        def measure(self, theta):
+            rho, level = super().measure(theta)
+            return (1.5 if rho > 0.3 else 0.1), level
+
+    solution = solve(Jump([40, 2, 1]), 3, (0.7, 2.0))
+    assert len(solution.points) == MAX_PROBES
+    assert (solution.reason, solution.best.sharpness) == ("met", 1.5)
 
 
 def test_no_more_probes_than_allowed_and_each_is_kept():

@@ -32,7 +32,7 @@ ROWS = [
     {"curvature", "calibration"},
     {"report"},
     {"model"},
-    {"torch", "keras"},
+    {"torch", "keras", "inspection"},
     {""},  # the package itself: lazy names
     {"experiments"},
     {"experiments.data"},
@@ -110,7 +110,7 @@ def loaded_after(code):
     "code",
     [
         "import hessinit",
-        "import hessinit.rules, hessinit.draw, hessinit.report, hessinit.model",
+        "import hessinit.rules, hessinit.draw, hessinit.report, hessinit.model, hessinit.inspection",
         "import hessinit\nhessinit.init_",
         "from hessinit.experiments import cli, sweep, plots",
     ],

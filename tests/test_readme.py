@@ -31,12 +31,15 @@ def test_its_python_prints_something():
     assert any("print(" in block for block in PYTHON)
 
 
-def test_its_options_are_those_of_the_command():
-    listed = re.search(r"hessinit compare  (.*)", README)[1].split()
-    from hessinit.experiments.cli import compare
+@pytest.mark.parametrize("command", ["compare", "inspect"])
+def test_its_options_are_those_of_the_command(command):
+    import typer
 
-    options = {f"--{name.replace('_', '-')}" for name in compare.__annotations__ if name != "return"}
-    assert set(listed) == options
+    from hessinit.experiments.cli import app
+
+    listed = re.search(rf"hessinit {command}  (.*)", README)[1].split()
+    options = [option for one in typer.main.get_command(app).commands[command].params for option in one.opts]
+    assert {option for option in listed if option.startswith("--")} == {o for o in options if o.startswith("--")}
 
 
 def test_its_links_lead_somewhere():

@@ -7,8 +7,8 @@ else a model has keeps what its constructor drew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Initializer:
         torch: initialises a PyTorch model in place; None where the framework has no such thing.
         keras: kernel initializer of a Keras layer from (layer index k, activation, depth, seed); None likewise.
         fits_step: whether :func:`hessinit.init_` then fits the model to its loss and optimizer.
+        options: keywords of it.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Initializer:
     torch: TorchInit | None
     keras: KerasInit | None
     fits_step: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -159,6 +161,14 @@ INITIALIZERS: dict[str, Initializer] = {
     "slides": Initializer("slides' 0.3", "Skorski, 2021", _each_layer(_slides), _keras_slides),
     "closed_form": Initializer("closed form", "this package", _closed_form, _keras_closed_form),
     "budget": Initializer("budget", "this package", _closed_form, _keras_closed_form, fits_step=True),
+    "budget_unpaired": Initializer(
+        "budget, no pairs",
+        "this package",
+        _closed_form,
+        _keras_closed_form,
+        fits_step=True,
+        options={"mirrored": False},
+    ),
 }
 
 # The five rows of the slides' Figure 4 (the last one truly ReLU), torch's default, the closed form and the budget.

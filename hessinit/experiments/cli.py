@@ -1,11 +1,14 @@
-"""The command line: ``hessinit compare``."""
+"""The command line: ``hessinit compare`` and ``hessinit inspect``."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import random
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,11 +21,6 @@ app = typer.Typer(
     add_completion=False,
     help="Initial weights of neural networks from the curvature of their loss.",
 )
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps ``compare`` a subcommand."""
 
 
 @app.command()
@@ -156,6 +154,101 @@ def _table(lines: list[Summary], kappas: Mapping[tuple[str, str], Sequence[float
     return table
 
 
+@app.command()
+def inspect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="package.module:factory",
+            help="A function or class that gives a model without arguments, or a model.",
+        ),
+    ],
+    input_shape: Annotated[str, typer.Option(help="Shape of one sample, such as 1,28,28.")],
+    batch_size: Annotated[int, typer.Option(min=2, help="Samples, from a standard normal distribution.")] = 64,
+    integers: Annotated[
+        int | None, typer.Option(min=1, help="For a model of tokens: samples are integers below this number.")
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of classes, where the outputs are logits; 0 where they are none. Default: the outputs' last "
+            "axis, of two or three.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the samples, and of the factory's draws.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Shows what the signals of a model are like before training, and warns of what is wrong with them.
+
+    The model is one of your own code, found from the current directory as by python -m, with the weights that it has;
+    none are set. Warned of are dead units, vanished and exploding signals, tied weights, and a first loss far from that
+    of a uniform guess.
+    """
+    from hessinit import inspection
+
+    try:
+        shape = [int(size) for size in input_shape.split(",")]
+    except ValueError:
+        shape = [0]
+    if min(shape) < 1:
+        raise ValueError(f"inspect: input_shape must be positive integers with commas between; got {input_shape!r}.")
+    with contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
+        model = _model(target, seed)
+        try:
+            inputs = inspection.random_inputs(model, shape, batch_size=batch_size, integers=integers, seed=seed)
+            found = inspection.inspect(model, inputs, classes=classes)
+        except ValueError as error:
+            tokens = integers is None and "embedding" in str(error).lower()
+            hint = "; tokens need --integers" if tokens else "" if integers is None else f" --integers {integers}"
+            raise ValueError(f"{error} (--input-shape {input_shape}{hint})") from error
+    print(found.to_json() if as_json else found)
+
+
+def _model(target: str, seed: int) -> Any:
+    """The model that ``package.module:factory`` names or makes."""
+    from hessinit.networks import wrap
+
+    def failure(what: str, error: BaseException) -> ValueError:
+        return ValueError(f"inspect: target must be {what}; got {target!r} and {type(error).__name__}: {error}")
+
+    module, _, name = target.partition(":")
+    if not module or not name:
+        raise ValueError(f"inspect: target must be package.module:factory; got {target!r}.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:
+        raise failure("importable", error) from error
+    _set_seed(seed)
+    with contextlib.suppress(TypeError):
+        wrap(found, "inspect")
+        return found  # a model is callable too
+    try:
+        made: Any = found() if callable(found) else found
+    except (Exception, SystemExit) as error:
+        raise failure("a factory that works without arguments", error) from error
+    try:
+        wrap(made, "inspect")
+    except TypeError as error:
+        raise ValueError(f"{str(error).rstrip('.')} from {target!r}.") from error
+    return made
+
+
+def _set_seed(seed: int) -> None:
+    """Seeds every global random state that a factory may draw from."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+    if "keras" in sys.modules:
+        sys.modules["keras"].utils.set_random_seed(seed)
+
+
 def main() -> None:
     """Runs the command line: exit code 2 and one line for bad input, 130 for an interruption."""
     # Read when NumPy is loaded. Beside other work, matrices this small take a hundred times longer on two threads.
@@ -166,7 +259,8 @@ def main() -> None:
             sys.exit(code)
         raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
-        print("hessinit: stopped; the same command goes on from here.", file=sys.stderr)
+        again = "; the same command goes on from here" if "compare" in sys.argv[1:2] else ""
+        print(f"hessinit: stopped{again}.", file=sys.stderr)
         sys.exit(130)
     except (ValueError, FileNotFoundError) as error:
         message = str(error)

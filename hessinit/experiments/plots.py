@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Okabe & Ito (2008), readable by the colour-blind.
 COLOURS = {
     "budget": "#000000",
+    "budget_unpaired": "#6E6E6E",
     "closed_form": "#D55E00",
     "slides": "#E69F00",
     "he_normal": "#0072B2",

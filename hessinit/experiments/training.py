@@ -138,7 +138,8 @@ def _train_torch(run: Run, data: Dataset, calibration: dict[str, Any]) -> Result
         model = torch_net(run.problem, data, run.initializer, run.activation, run.seed)
         optimizer = _torch_optimizer(run, model)
         if baselines.INITIALIZERS[run.initializer].fits_step:
-            hessinit.init_(model, (x, y), data.loss, optimizer=optimizer, seed=run.seed, progress=False, **calibration)
+            options = {**baselines.INITIALIZERS[run.initializer].options, **calibration}
+            hessinit.init_(model, (x, y), data.loss, optimizer=optimizer, seed=run.seed, progress=False, **options)
         init_seconds = time.perf_counter() - start
         steps = []
         status = "ok"
@@ -229,7 +230,8 @@ def _train_keras(run: Run, data: Dataset, calibration: dict[str, Any]) -> Result
         loss, metric = keras.losses.SparseCategoricalCrossentropy(from_logits=True), "accuracy"
     model.compile(_keras_optimizer(run), loss, metrics=[metric])
     if initializer.fits_step:
-        hessinit.init_(model, (data.x_train, data.y_train), seed=run.seed, progress=False, **calibration)
+        options = {**initializer.options, **calibration}
+        hessinit.init_(model, (data.x_train, data.y_train), seed=run.seed, progress=False, **options)
     init_seconds = time.perf_counter() - start
     recorder = Losses()
     status = "ok"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -285,6 +285,31 @@ def seeded(seed: int | None, cuda: Collection[torch.device]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Puts back what modules hold under each name: parameters, buffers, submodules, hooks, modes, other attributes."""
+    held = [
+        place
+        for m in modules
+        for place in (m.__dict__, m._parameters, m._buffers, m._modules, m._forward_pre_hooks, m._forward_hooks)
+    ]
+    saved: list[tuple[dict[Any, Any], dict[Any, Any]]] = [(place, dict(place)) for place in held]
+
+    def restore() -> None:
+        for place, before in saved:
+            place.clear()
+            place.update(before)
+
+    try:
+        yield
+    finally:
+        try:
+            restore()
+        except BaseException:  # an interruption must not leave a module half empty
+            restore()
+            raise
+
+
+@contextlib.contextmanager
 def pure(
     model: nn.Module, tensors: Mapping[str, Tensor], training: bool | None, dropout: bool, seed: int
 ) -> Iterator[Callable[[Named, Callable[[], Any]], Any]]:
@@ -301,7 +326,6 @@ def pure(
     names: dict[int, str] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), name)
-    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
     places = [(m, local, names.get(id(p)), p) for m in modules for local, p in m._parameters.items() if p is not None]
     buffers = [(m, local, b) for m in modules for local, b in m._buffers.items() if b is not None]
     recurrent = [m for m in modules if isinstance(m, nn.RNNBase)]
@@ -322,14 +346,8 @@ def pure(
         with seeded(seed, cuda), _Differentiable(dropout):
             return run()
 
-    try:
+    with attributes_kept(modules):
         for module in modules if training is not None else []:
             module.__dict__["training"] = training
         with differentiable_kernels(bool(recurrent), compiled):
             yield apply
-    finally:
-        for module, *before in saved:
-            present: list[dict[str, Any]] = [module.__dict__, module._parameters, module._buffers]
-            for now, then in zip(present, before, strict=True):
-                now.clear()
-                now.update(then)

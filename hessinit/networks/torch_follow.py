@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hessinit.batches import ONE_AT_A_TIME, fixed_draws, random_states_kept
 from hessinit.networks.base import Follower
 from hessinit.networks.graph import State, Units, WeightGraph, is_activation
-from hessinit.networks.torch_autodiff import cuda_devices
+from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, seeded
 from hessinit.networks.torch_derived import Derived
 
 Array = npt.NDArray[np.floating[Any]]
@@ -43,7 +45,7 @@ def as_numpy_function(function: Callable[..., Any]) -> Callable[[Array], Array]:
         function = copy.deepcopy(function).eval().double().cpu()
 
     def call(u: Array) -> Array:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
             result: Array = function(torch.from_numpy(np.array(u))).numpy()
         return result
 
@@ -209,7 +211,9 @@ def _carried(units: Units, before: torch.Tensor, after: torch.Tensor, name: str)
 def trace(
     model: nn.Module, inputs: Any, names: Mapping[int, str], computed: Sequence[Derived] = ()
 ) -> Mapping[str, Follower]:
-    """Followers from one forward pass in evaluation mode; modes, buffers and random state as before.
+    """Followers from one forward pass in evaluation mode; modes, attributes, buffers and random states as before.
+
+    What lazy modules make of themselves stays, drawn from the global random state; other draws are the same every time.
 
     Args:
         model: the model.
@@ -219,9 +223,12 @@ def trace(
     """
     graph = WeightGraph(whole=True)
     tracer = _Tracer(graph, names, computed)
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    settled = [m for m in modules if not any(map(is_lazy, _own_tensors(m)))]
+    seed = 0 if len(settled) == len(modules) else None
+    modes = [(module, module.training) for module in modules]
     functions = [(module, _activation_of(module)) for module, _ in modes]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     sources = [(one.source, one.originals[0]) for one in computed if one.source is not None]
     hooks = [source.register_forward_hook(partial(tracer.has_computed, name)) for source, name in sources]
     try:
@@ -230,7 +237,8 @@ def trace(
             if function is not None:
                 hooks.append(module.register_forward_pre_hook(tracer.enter))
                 hooks.append(module.register_forward_hook(partial(tracer.leave, function)))
-        with torch.no_grad(), torch.random.fork_rng(cuda_devices(model)), tracer:
+        draws = random_states_kept(seeded(seed, cuda_devices(model)))
+        with torch.no_grad(), draws, fixed_draws(0), attributes_kept(settled), tracer:
             outputs = call(model, inputs)
     finally:
         for hook in hooks:
@@ -243,6 +251,12 @@ def trace(
     ends = [tracer.states[t] for t in _flatten(outputs) if isinstance(t, torch.Tensor) and t in tracer.states]
     graph.end(graph.join(ends))
     return graph.followers()
+
+
+def _own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            yield tensor
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
