@@ -103,7 +103,7 @@ class Inspection:
 def inspect(model: Any, inputs: Any, *, classes: int | None = None) -> Inspection:
     """The signals of a model at its first training step, layer by layer, and what to be warned of. It sets nothing.
 
-    The inputs go through the model in training mode without dropout, once forward and once back. Nothing of the model
+    The inputs go through the model in training mode without dropout, twice forward and once back. Nothing of the model
     changes: not weights (lazy ones are made), modes, buffers, gradients or the global random state. Warned of are
 
     * *dead* units, which no sample moves: no gradient of a random sum of the outputs reaches them. Where samples are
@@ -324,9 +324,7 @@ def _dead_shares(
 
     weights = {p.name: p for p in own if p.role == WEIGHT}
     _, gradient = network.derivatives.gradient(total, {name: opened[name] for name in weights})
-    return {
-        name: float(np.mean(unit_squares(arrays, p, gradient[name]) == 0)) for name, p in weights.items() if p.shape
-    }
+    return {name: float(np.mean(unit_squares(arrays, p, gradient[name]) == 0)) for name, p in weights.items()}
 
 
 def _closed_form(model: Any, inputs: Any) -> dict[str, float]:

@@ -149,6 +149,24 @@ def test_products_are_told_from_activations():
     assert report["squeeze.weight"].gain == pytest.approx(rules.gain("sigmoid", depth=4))
 
 
+def test_masks_shapes_and_noise_are_no_activations():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.first(x.to(self.out.weight.dtype))
+            x = torch.tanh(x * (torch.rand_like(x) > 0.3))  # dropout written out
+            x = self.second(x)
+            x = F.gelu(x * torch.rand_like(x) + x.new_ones(x.shape))
+            return self.out(x.masked_fill(x > 3, 0.0))
+
+    _, report = hessinit.init_(Masked(), torch.randn(5, 6), return_report=True)
+    found = {row.name: (row.activation, row.depth) for row in report if row.role == "weight"}
+    assert found == {"first.weight": ("tanh", 3), "second.weight": ("gelu", 3), "out.weight": ("gelu", 3)}
+
+
 def test_without_inputs_the_default_nonlinearity_is_assumed_and_said():
     _, report = hessinit.init_(Functional(), nonlinearity="gelu", return_report=True)
     assert {row.activation for row in report if row.role == "weight"} == {"gelu (assumed)"}

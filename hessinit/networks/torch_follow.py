@@ -131,6 +131,9 @@ class _Tracer(TorchFunctionMode):
         states = [self.states[t] for t in given if t in self.states]
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        made = [t for t in _flatten(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        if not made or name.endswith("_like") or name.startswith("new_"):
+            return result  # a shape, a mask, noise: nothing of the signal
         if weights:
             moment = None if states else self._input_moment(given)
             state = self.graph.weights(self.graph.join(states), weights, moment, _units(name, given))
@@ -149,8 +152,7 @@ class _Tracer(TorchFunctionMode):
                 function = as_numpy_function(lambda u: func(u, *args[1:], **kwargs))
                 if is_activation(function):
                     state = self.graph.activation(state, name.strip("_"), function, given[0])
-        made = [t for t in _flatten(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
-        if state.units is not None and made and not weights:
+        if state.units is not None and not weights:
             whole = len(made) == 1 and (len(given) == 1 or name in _NORM_FUNCTIONS)
             units = _carried(state.units, given[0], made[0], name) if whole else None
             state = self.graph.mixed(state) if units is None else state._replace(units=units)
