@@ -111,6 +111,19 @@ class Batches:
 
 
 @contextlib.contextmanager
+def at_the_end(restore: Callable[[], None]) -> Iterator[None]:
+    """Calls a function at the end, once more if an interruption comes in the middle of it."""
+    try:
+        yield
+    finally:
+        try:
+            restore()
+        except BaseException:
+            restore()
+            raise
+
+
+@contextlib.contextmanager
 def random_states_kept(framework: AbstractContextManager[Any]) -> Iterator[None]:
     """Puts the global random states back that loaders and models use, so a shuffled order is the same every time.
 
@@ -118,13 +131,16 @@ def random_states_kept(framework: AbstractContextManager[Any]) -> Iterator[None]
         framework: a context that does so for the framework's own.
     """
     with ONE_AT_A_TIME:
-        python, legacy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
-        try:
-            with framework:
-                yield
-        finally:
+        python, own = random.getstate(), mtrand.get_bit_generator()
+        state = np.random.get_state(legacy=False)  # noqa: NPY002
+
+        def restore() -> None:
             random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
+            mtrand.set_bit_generator(own)
+            np.random.set_state(state)  # noqa: NPY002
+
+        with at_the_end(restore), framework:
+            yield
 
 
 _DRAWS = np.random.MT19937(0)  # seeded anew at every use, as that takes far less time than to save and set a state
@@ -137,14 +153,16 @@ def fixed_draws(seed: int) -> Iterator[None]:
     Only inside :func:`random_states_kept`, which alone keeps the second of a pair of NumPy's normal numbers.
     """
     python, own = random.getstate(), mtrand.get_bit_generator()
-    try:
+
+    def restore() -> None:
+        mtrand.set_bit_generator(own)
+        random.setstate(python)
+
+    with at_the_end(restore):
         random.seed(int(seed))
         mtrand.set_bit_generator(_DRAWS)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         yield
-    finally:
-        random.setstate(python)
-        mtrand.set_bit_generator(own)
 
 
 def out_of_memory(error: BaseException) -> bool:

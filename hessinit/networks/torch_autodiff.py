@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
+from hessinit.batches import at_the_end
 from hessinit.networks.base import Function, Named, Pull
 
 T = TypeVar("T")
@@ -245,20 +245,33 @@ class _Differentiable(TorchFunctionMode):
 _AFTER_MASK = ("dropout_p", "is_causal")
 
 
+_cuda = torch.backends.cuda
+_SWITCHES: list[tuple[Callable[[], bool], Callable[[bool], Any], bool]] = [  # get, set, the state wanted
+    (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp, False),
+    (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp, False),
+    (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp, False),
+    (_cuda.math_sdp_enabled, _cuda.enable_math_sdp, True),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+]
+_RECURRENT_SWITCHES = [  # torch.backends' own contexts set more than these
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, False),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False),
+]
+
+
 @contextlib.contextmanager
 def differentiable_kernels(recurrent: bool, compiled: bool) -> Iterator[None]:
     """Kernels that have derivatives of second order, for models with these modules; global switches are put back."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        torch.backends.mha.set_fastpath_enabled(False)
-        if compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if recurrent:
-            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-            torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags would warn of other switches
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    switches = [*_SWITCHES, *(_RECURRENT_SWITCHES if recurrent else [])]
+    before = [get() for get, _, _ in switches]
+
+    def restore() -> None:
+        for (_, put, _), value in zip(switches, before, strict=True):
+            put(value)
+
+    with at_the_end(restore), torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        for _, put, wanted in switches:
+            put(wanted)
         yield
 
 
@@ -275,12 +288,35 @@ def _random_state(seed: int) -> Tensor:
 @contextlib.contextmanager
 def seeded(seed: int | None, cuda: Collection[torch.device]) -> Iterator[None]:
     """The global random state from a seed, or as it is for None; put back at the end."""
-    with torch.random.fork_rng(cuda):
+    cpu, on_cuda = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in cuda}
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in on_cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+    with at_the_end(restore):
         if seed is not None:
             torch.set_rng_state(_random_state(seed))  # torch.manual_seed takes as long as a small model's forward pass
             for device in cuda:
                 with torch.cuda.device(device):
                     torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def modes_kept() -> Iterator[None]:
+    """Puts back a thread's modes, any of which an interruption between two lines of torch's own contexts leaves on."""
+    grad, functions, level = torch.is_grad_enabled(), torch._C._len_torch_function_stack(), forward_ad._current_level
+
+    def restore() -> None:
+        torch.set_grad_enabled(grad)
+        while torch._C._len_torch_function_stack() > functions:
+            torch._C._pop_torch_function_stack()
+        while forward_ad._current_level > level:
+            forward_ad.exit_dual_level()
+
+    with at_the_end(restore):
         yield
 
 
@@ -299,14 +335,8 @@ def attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
             place.clear()
             place.update(before)
 
-    try:
+    with at_the_end(restore):
         yield
-    finally:
-        try:
-            restore()
-        except BaseException:  # an interruption must not leave a module half empty
-            restore()
-            raise
 
 
 @contextlib.contextmanager
@@ -346,7 +376,7 @@ def pure(
         with seeded(seed, cuda), _Differentiable(dropout):
             return run()
 
-    with attributes_kept(modules):
+    with attributes_kept(modules), modes_kept():
         for module in modules if training is not None else []:
             module.__dict__["training"] = training
         with differentiable_kernels(bool(recurrent), compiled):

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hessinit.batches import ONE_AT_A_TIME, fixed_draws, random_states_kept
 from hessinit.networks.base import Follower
 from hessinit.networks.graph import State, Units, WeightGraph, is_activation
-from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, seeded
+from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, modes_kept, seeded
 from hessinit.networks.torch_derived import Derived
 
 Array = npt.NDArray[np.floating[Any]]
@@ -240,7 +240,7 @@ def trace(
                 hooks.append(module.register_forward_pre_hook(tracer.enter))
                 hooks.append(module.register_forward_hook(partial(tracer.leave, function)))
         draws = random_states_kept(seeded(seed, cuda_devices(model)))
-        with torch.no_grad(), draws, fixed_draws(0), attributes_kept(settled), tracer:
+        with modes_kept(), torch.no_grad(), draws, fixed_draws(0), attributes_kept(settled), tracer:
             outputs = call(model, inputs)
     finally:
         for hook in hooks:
