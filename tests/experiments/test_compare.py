@@ -45,6 +45,7 @@ STATED = {
     "slides": lambda n, m, k: math.sqrt(2 / (n + m)) if k == 0 else 0.3 * 0.8796,
     "closed_form": lambda n, m, k: rules.curvature_neutral_std(n, m, rules.gain("relu")),
     "budget": lambda n, m, k: rules.curvature_neutral_std(n, m, rules.gain("relu")),  # before the fit to the step
+    "budget_unpaired": lambda n, m, k: rules.curvature_neutral_std(n, m, rules.gain("relu")),
 }
 WIDTHS = [784, 128, 84, 10]
 
@@ -275,7 +276,7 @@ def test_summaries_are_means_and_sample_deviations():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rows": [("nope", "relu")]}, "initializers must be one of torch_default.*budget; got 'nope'"),
+        ({"rows": [("nope", "relu")]}, "initializers must be one of torch_default.*budget_unpaired; got 'nope'"),
         ({"rows": [("he_normal", "nope")]}, "activation must be one of relu, tanh, gelu, silu; got 'nope'"),
         ({"problem": "nope"}, "problem must be one of mlp, .*friedman; got 'nope'"),
         ({"problem": "vit", "rows": [("he_normal", "tanh")]}, "activation must be one of gelu, relu; got 'tanh'"),
