@@ -70,6 +70,39 @@ class Saturating(Homogeneous):
         return trace, level * x / (math.sinh(x) * math.cosh(x))
 
 
+class Plane:
+    """log ρ and log r are linear in θ, so first order is all there is."""
+
+    def __init__(self, trace, level, sharpness=0.1, start=0.5, power=1.0):
+        self.trace, self.level = np.array(trace, float), np.array(level, float)
+        self.rho, self.r, self.power = sharpness, start, power
+
+    def measure(self, theta):
+        return self.rho * math.exp(self.power * self.trace @ theta), self.r * math.exp(self.level @ theta)
+
+    def slopes(self):
+        return self.trace, self.level
+
+
+class Told(Plane):
+    """Measures what it is told to, one (ρ, r) after the other."""
+
+    def __init__(self, *numbers, trace=(1, -1), level=(1, 1)):
+        super().__init__(trace, level)
+        self.numbers = list(numbers)
+
+    def measure(self, theta):
+        return self.numbers.pop(0) if len(self.numbers) > 1 else self.numbers[0]
+
+
+ANY = (1e-9, 1e9)  # a range of ρ that asks for nothing
+
+
+def steps(solution):
+    """Between probes."""
+    return np.diff([point.theta for point in solution.points], axis=0)
+
+
 def inside(solution):
     thetas = np.array([point.theta for point in solution.points])
     return (thetas >= math.log(SCALES[0]) - 1e-12).all() and (thetas <= math.log(SCALES[1]) + 1e-12).all()
@@ -174,13 +207,188 @@ def test_a_norm_takes_the_budget_by_shrinking_the_weights_before_it():
     assert (solution.best.theta[:2] < 0).all()
 
 
+def test_the_way_back_to_the_band_ends_a_quarter_of_it_from_its_edge_and_slack_is_no_reason_to_go():
+    for level, end in (5.0, 0.3**0.25), (1.03, 0.3**0.25), (0.05, 0.3**0.75), (0.29, 0.3**0.75):
+        solution = solve(Plane([1, -1], [1, 1], start=level), 2, ANY)
+        assert len(solution.points) == 2
+        assert solution.met
+        assert solution.best.level == pytest.approx(end)
+    for level in (0.297, 1.0, 1.01):
+        assert len(solve(Plane([1, -1], [1, 1], start=level), 2, ANY).points) == 1
+
+
+def test_the_way_back_may_end_anywhere_in_a_range_of_sharpness():
+    # ρ grows with the level's power 4/3, from 1 to 16; a step up for the sake of ρ would have been cut short.
+    solution = solve(Homogeneous([4, 2, 1], sharpness=1.0, level=0.05), 3, (0.7, 20.0))
+    assert (len(solution.points), solution.reason) == (2, "met")
+
+
+def test_the_way_back_may_cost_more_sharpness_than_the_level_was_outside():
+    solution = solve(Told((0.1, 1.1), (0.05, 0.74), (0.1, 0.74)), 2, 0.1)
+    assert steps(solution)[1] == pytest.approx([math.log(2) / 2, -math.log(2) / 2])  # to win ρ back at that level
+    assert (len(solution.points), solution.reason) == (3, "met")
+
+
+def test_the_level_is_brought_back_first_and_gives_way_to_the_sharpness_only_then():
+    # Up: ρ and r go together, and one step takes r into its band, however much ρ lacks.
+    up = solve(Plane([1, 1], [1, 1], start=0.05), 2, 1e6, max_probes=2)
+    assert up.points[1].level == pytest.approx(0.3**0.75)
+    # Down: what is above both may go to the lower end of the band at once.
+    down = solve(Plane([2, 2], [1, 1], start=1.5), 2, 1e-6, max_probes=2)
+    assert down.points[1].level == pytest.approx(0.3)
+
+
+def test_back_in_the_band_the_trace_is_raised_though_scales_have_grown():
+    # The level takes (1, 1, 0), the trace its own way as it is orthogonal; the sum of scales falls in that, to above 0.
+    solution = solve(Plane([1, -1, -0.5], [1, 1, 0], start=0.05), 3, 0.2, scales=(1 / 20, 8))
+    back = math.log(0.3**0.75 / 0.05) / 2
+    way = math.log(2) / 2.25
+    assert solution.points[1].theta == pytest.approx([back + way, back - way, -way / 2])
+    assert (len(solution.points), solution.reason) == (2, "met")
+
+
+@pytest.mark.parametrize("other", [0.5, 0.0])
+def test_at_the_lower_end_of_the_band_sharpness_is_lowered_by_a_trade_between_weights(other):
+    solution = solve(Plane([3, other], [1, 1], start=0.3), 2, 0.05)
+    way = math.log(2) / (3 - other)
+    assert solution.best.theta == pytest.approx([-way, way])
+    assert (len(solution.points), solution.reason) == (2, "met")
+
+
+def test_sharpness_is_lowered_along_the_level_no_farther_than_asked():
+    solution = solve(Plane([2, 2], [1, 1], start=0.9), 2, 0.05)
+    assert (len(solution.points), solution.best.level) == (2, pytest.approx(0.9 / 2**0.5))
+    assert solution.best.sharpness == pytest.approx(0.05)
+    # Also where the outputs hardly follow the weights: their own direction, not the trace's.
+    theta = solve(Plane([0.4, 0.1], [0.3, 0.1], start=0.9), 2, 0.09).best.theta
+    assert theta[0] < 0
+    assert theta[1] == pytest.approx(theta[0] / 3)
+
+
+def test_sharpness_is_not_lowered_by_growing_what_a_norm_follows():
+    solution = solve(Plane([-1, 2], [0, 1], start=0.3), 2, 0.05)
+    assert (solution.reason, len(solution.points)) == ("cannot be met: lowest reachable ρ is 0.1", 1)
+
+
+def test_where_only_the_level_helps_it_gives_way_by_no_more_than_its_room():
+    little = solve(Plane([1, 1], [1, 1], start=0.35), 2, 0.1 * math.exp(0.15))
+    assert little.best.theta == pytest.approx([0.075, 0.075])
+    double = solve(Plane([1, 1], [1, 1], start=0.35), 2, 0.2)
+    assert double.points[1].level == pytest.approx(0.3**0.5)
+    # But not where it would change more than twice as much as the trace.
+    hardly = solve(Plane([0.4, 0.4], [1, 1], start=0.35), 2, 0.2)
+    assert (hardly.reason, hardly.best.level) == ("cannot be met: highest reachable ρ is 0.1", 0.35)
+
+
+def test_scales_do_not_grow_on_the_whole_but_by_the_room_of_the_level():
+    # The level does not see the first weight; what it gains, the second gives.
+    traded = solve(Plane([1, 0, 0], [0, 0, 1], start=0.35), 3, 0.2)
+    assert traded.best.theta == pytest.approx([math.log(2), -math.log(2), 0])
+    assert solve(Plane([1, 0], [0, 1], start=0.35), 2, 0.2).best.theta.tolist() == [0, 0]  # none to give
+    # Where the level hardly follows, they grow by what would take it to the middle of its band, and then no more.
+    hardly = solve(Plane([1, 1], [0.1, 0.1], start=0.35), 2, 0.2)
+    assert hardly.best.theta.sum() == pytest.approx(math.log(0.3**0.5 / 0.35))
+    assert hardly.reason.startswith("cannot be met: highest reachable ρ is ")
+
+
+def test_a_level_that_goes_with_the_sum_of_scales_leaves_all_other_ways_open():
+    theta = solve(Plane([1, 0, -1], [1, 1, 1.001]), 3, 0.2).best.theta
+    assert theta == pytest.approx([math.log(2) / 2, 0, -math.log(2) / 2], abs=1e-3)
+
+
+def test_a_step_ends_where_the_first_scale_meets_the_trust_region():
+    solution = solve(Plane([1, -2], [2, 1], start=1e4), 2, ANY, scales=(1e-9, 3))
+    assert solution.points[1].theta == pytest.approx([-budget.TRUST, -budget.TRUST / 2])
+    assert steps(solution)[1] == pytest.approx([-budget.TRUST, -budget.TRUST / 2])  # as much again
+    assert solution.best.level == pytest.approx(0.3**0.25)
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.2])
+def test_a_step_ends_where_all_scales_together_meet_theirs(slope):
+    solution = solve(Plane([1, -1] * 10, [slope] * 20, start=1e9), 20, ANY, scales=(1e-9, 3), max_probes=2)
+    assert solution.points[1].level == pytest.approx(1e9 * math.exp(-budget.REACH * budget.TRUST))
+
+
+def test_a_scale_at_its_bound_is_held_and_the_others_go_on():
+    both = solve(Plane([1, -1], [2, 1.5], start=500), 2, ANY, scales=(math.exp(-0.5), 3))
+    assert both.points[1].theta == pytest.approx([-0.5, -0.5])
+    # What has been gone so far counts, for the single scale as for all together.
+    slow = solve(Plane([1, -1], [2, 0.2], start=500), 2, ANY, scales=(math.exp(-2), 3))
+    assert slow.points[1].theta == pytest.approx([-1.5, -0.15])
+    assert slow.points[2].theta == pytest.approx([-2, -0.15 - budget.TRUST])
+    many = solve(Plane([1] * 11, [6] + [1] * 10, start=1e9), 11, ANY, scales=(math.exp(-0.5), 3), max_probes=2)
+    assert many.points[1].theta[0] == pytest.approx(-0.5)
+    assert many.points[1].level == pytest.approx(1e9 * math.exp(-budget.REACH * budget.TRUST))
+
+
+def test_a_long_way_back_asks_nothing_of_the_sharpness():
+    solution = solve(Plane([1, -1], [1, 1], start=50), 2, ANY, scales=(1e-9, 3))
+    assert [point.sharpness for point in solution.points] == pytest.approx([0.1, 0.1, 0.1])
+    assert solution.best.level == pytest.approx(0.3**0.25)
+    far = solve(Plane([1, -1], [1, 1], start=500), 2, ANY, scales=(1e-9, 3))
+    assert np.abs(steps(far)[:2]) == pytest.approx(np.full((2, 2), budget.TRUST))
+
+
+@pytest.mark.parametrize(("power", "gain"), [(1.8, math.log(2)), (0.25, 0.16)])
+def test_two_probes_tell_how_the_sharpness_follows_the_trace(power, gain):
+    # Too far or too short, the third probe of a power law is where it should be.
+    solution = solve(Plane([1, -1], [1, 1], power=power), 2, (0.1 * math.exp(gain), 10.0))
+    assert len(solution.points) == 3
+    assert solution.best.sharpness == pytest.approx(0.1 * math.exp(gain))
+    assert steps(solution)[0] == pytest.approx([gain / 2, -gain / 2])
+
+
+def test_a_sharpness_that_jumps_is_approached_by_halves():
+    jump = solve(Told((0.01, 0.5), (1.9, 0.5)), 2, (0.02, 2.0))
+    first = math.log(2) / 2
+    assert [p.theta[0] for p in jump.points[:4]] == pytest.approx([0, first, first / 3, first / 6])
+    assert (jump.reason, jump.best.sharpness) == ("cannot be met: highest reachable ρ is 0.01", 1.9)
+    # Until the steps are too short to tell.
+    near = solve(Told((0.0178, 0.5), (1.9, 0.5)), 2, (0.02, 0.03))
+    assert (near.reason, near.best.sharpness) == ("cannot be met: highest reachable ρ is 0.0178", 0.0178)
+
+
+def test_the_first_point_on_target_is_the_answer_though_one_beyond_it_is_in_the_range_too():
+    solution = solve(Told((0.1, 0.5), (1.9, 0.5), (0.68, 0.5)), 2, (0.7, 2.0))
+    assert (solution.reason, solution.best.sharpness, len(solution.points)) == ("met", 0.68, 3)
+
+
+@pytest.mark.parametrize("level", [0.17, 2.5])
+def test_of_the_points_met_one_in_the_band_is_better_than_one_on_target(level):
+    solution = solve(Told((0.1, 0.5), (0.2, level)), 2, 0.2, level=(0.3, 1.5), max_probes=3)
+    assert (solution.reason, solution.best.level) == ("stopped after 3 probes at ρ = 0.1", 0.5)
+
+
+def test_a_worse_point_is_stepped_back_from_unless_it_is_only_a_little_worse():
+    def second_and_third(*rho):
+        return steps(solve(Told(*((x, 0.5) for x in rho)), 2, 0.2))
+
+    wrong = second_and_third(0.1, 0.05, 0.11, 0.12, 0.13)
+    step = wrong[0]
+    assert wrong[1] == pytest.approx(-3 / 4 * step)  # to a quarter of the way
+    assert wrong[2] == pytest.approx(step / 2)  # and from there on again, with more trust
+    assert second_and_third(0.1, 0.09)[1] == pytest.approx(-3 / 4 * step)
+    assert (second_and_third(0.1, 0.096)[1] > 0).tolist() == [True, False]  # noise
+
+
+def test_the_best_point_is_the_nearest_also_where_a_later_one_was_gone_on_from():
+    class Flat(Told):
+        def slopes(self):
+            return (self.trace, self.level) if len(self.numbers) == 2 else (0 * self.trace, self.level)
+
+    solution = solve(Flat((0.1, 0.5), (0.096, 0.5), (0.096, 0.5)), 2, 0.2)
+    assert solution.reason.startswith("cannot be met: highest reachable ρ is ")
+    assert (len(solution.points), solution.best.sharpness) == (2, 0.1)
+
+
 def test_what_cannot_be_met_is_said():
     # Equal traces are the least at a level, which then falls to the end of its band, and the trace with it.
     solution = solve(Homogeneous([1, 1]), 2, 0.01)
     assert solution.reason == "cannot be met: lowest reachable ρ is 0.06"
     assert solution.best.level == pytest.approx(0.3)
     # One layer has no say in its own curvature.
-    assert solve(Homogeneous([3.0]), 1, 0.2).reason == "cannot be met: highest reachable ρ is 0.1"
+    alone = solve(Homogeneous([3.0]), 1, 0.2, scales=(1 / 20, 1.5))
+    assert alone.reason == "cannot be met: highest reachable ρ is 0.1"
     assert solve(Homogeneous([4, 2, 1]), 3, 1e6).reason.startswith("bounded by max_scale: ρ = ")
     assert solve(Normalised([4, 2, 1]), 3, 1e-3).reason.startswith("cannot be met: lowest reachable ρ is ")
 

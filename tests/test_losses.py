@@ -79,6 +79,132 @@ def test_classes_last_where_only_that_fits_the_labels():
     torch.testing.assert_close(loss.total(both, labels) / 6, F.cross_entropy(both, labels))  # torch's axis wins
 
 
+def double(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+P = double([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75]])  # rows of probabilities
+LOGS = double([-(8**0.5), 0, 8**0.5])  # of mean square 16 / 3
+
+
+def of(kind, *options, **keywords):
+    return kind(TorchArrays(), *options, **keywords)
+
+
+@pytest.mark.parametrize("axis", [None, 1, -1])
+@pytest.mark.parametrize("labels", [torch.tensor([0, 2]), torch.tensor([[0], [2]]), double([0, 2]), double([[0], [2]])])
+def test_probabilities_have_the_loss_and_the_curvature_of_their_logs(labels, axis):
+    """Labels also as Keras has them: with an axis of classes, and of any type."""
+    if labels.is_floating_point() and axis != -1:
+        with pytest.raises(ValueError, match=r"^labels must be integers; got torch.float64$"):
+            of(losses.CrossEntropy, axis=axis).check(P, labels)
+        return
+    loss = of(losses.CrossEntropy, outputs=losses.PROBABILITIES, axis=axis, ignore_index=None)
+    loss.check(P, labels)
+    unnormed, u = double([[2.0], [8.0]]) * P, double([[1, 2, 4], [0, 1, 0]])
+    assert float(loss.total(P, labels)) == pytest.approx(np.log(2) + np.log(4 / 3))
+    assert float(loss.total(unnormed, labels)) == pytest.approx(np.log(2) + np.log(4 / 3))  # Keras divides by the sum
+    torch.testing.assert_close(loss.product(P, labels, u), double([[2 - 7, 8 - 7, 16 - 7], [-1, 8 - 1, -1]]))
+    for row, column in enumerate(loss.columns(P[:1], labels[:1])):  # R Rᵀ = diag(1/p) − 1 1ᵀ, as p sums to 1
+        expected = torch.eye(3).double()[row] / P[0].sqrt() - P[0].sqrt()[row]
+        torch.testing.assert_close(column[1], expected[None])
+    assert loss.count(tuple(P.shape), labels) == 2
+
+
+def test_probabilities_of_zero_and_one_cost_what_keras_says():
+    certain = double([[1.0, 0.0]])
+    loss = of(losses.CrossEntropy, outputs=losses.PROBABILITIES)
+    cost = [float(loss.total(certain, torch.tensor([k]))) for k in (0, 1)]
+    assert cost == pytest.approx([1e-7, -np.log(1e-7)], rel=1e-6)
+    entry = of(losses.BinaryCrossEntropy, outputs=losses.PROBABILITIES)
+    ends, right = double([1.0, 0.0]), double([1.0, 0.0])
+    assert float(entry.total(ends, right)) == pytest.approx(2e-7, rel=1e-6)
+    assert float(entry.total(ends, 1 - right)) == pytest.approx(-2 * np.log(1e-7))
+    assert entry.second(ends, right).tolist() == pytest.approx([1e7, 1e7], rel=1e-6)
+    assert entry.natural(ends, right).tolist() == pytest.approx([-np.log(1e-7), np.log(1e-7)])
+
+
+def test_classes_last_where_asked_for():
+    z, y = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0)).double(), torch.arange(10).reshape(2, 5) % 3
+    for labels in (y, y[..., None]):
+        loss = of(losses.CrossEntropy, axis=-1)
+        loss.check(z, labels)
+        torch.testing.assert_close(
+            loss.total(z, labels), F.cross_entropy(z.reshape(10, 3), y.reshape(10), reduction="sum")
+        )
+        assert loss.count((2, 5, 3), labels) == 10
+    images = z.movedim(-1, 1)[..., None]  # (2, 3, 5, 1)
+    of(losses.CrossEntropy).check(images, y[..., None])
+    with pytest.raises(ValueError, match=r"labels of shape \(2, 5, 1\)"):
+        of(losses.CrossEntropy).check(images, y[:, :4, None])
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels", "count"),
+    [
+        (of(losses.CrossEntropy), [0, 2, 1, 1], 4),
+        (of(losses.CrossEntropy, ignore_index=1), [0, 2, 1, 1], 2),
+        (of(losses.CrossEntropy, weight=double([1, 2, 4])), [0, 2, 1, 1], 9),
+        (of(losses.CrossEntropy, weight=double([1, 2, 4]), ignore_index=1), [0, 2, 1, 1], 5),
+        (of(losses.Custom), [0, 2, 1, 1], 4),
+    ],
+)
+def test_what_a_mean_divides_by(loss, labels, count):
+    assert loss.count((4, 3), torch.tensor(labels)) == count
+
+
+@pytest.mark.parametrize(
+    ("loss", "z", "y", "level"),
+    [
+        # Class-centred logits: what is added to all of them does not count.
+        (of(losses.CrossEntropy), LOGS[None] + 5, torch.tensor([0]), 16 / 3),
+        (of(losses.CrossEntropy), (LOGS[None] + double([[5], [7]])), torch.tensor([0, 1]), 16 / 3),
+        (of(losses.CrossEntropy, axis=None), LOGS[None, None] + 5, torch.tensor([[0]]), 16 / 3),
+        (of(losses.CrossEntropy, outputs=losses.LOG_PROBABILITIES), LOGS[None], torch.tensor([0]), 16 / 3),
+        (of(losses.CrossEntropy, outputs=losses.PROBABILITIES), LOGS.exp()[None], torch.tensor([0]), 16 / 3),
+        # The targets' standard deviation, column by column; their size where all are the same; one where all are 0.
+        (of(losses.SquaredError), double([[6, 0], [6, 0]]), double([[1, 10], [5, 14]]), 18 / 4),
+        (of(losses.SquaredError), double([[6], [6]]), double([[3], [3]]), 36 / 9),
+        (of(losses.Huber), double([[6], [6]]), double([[0], [0]]), 36),
+        # The outputs of any other loss, seen before the last sigmoid.
+        (of(losses.BinaryCrossEntropy), double([3, 5]), double([0, 1]), 17),
+        (
+            of(losses.BinaryCrossEntropy, outputs=losses.PROBABILITIES),
+            torch.sigmoid(double([3, 5])),
+            double([0, 1]),
+            17,
+        ),
+        (of(losses.PoissonNLL), double([3, 5]), double([0, 9]), 17),
+    ],
+)
+def test_level_is_a_mean_square_in_units_of_the_loss(loss, z, y, level):
+    square, number = loss.level(z, y)
+    assert float(square) / number == pytest.approx(level)
+
+
+def test_smoothed_targets_of_two_classes_are_half_each_in_the_limit():
+    z, y = double([0.3, -2.0]), double([1, 0])
+    for smoothing, smooth in (1.0, double([0.5, 0.5])), (0.2, double([0.9, 0.1])):
+        loss = of(losses.BinaryCrossEntropy, label_smoothing=smoothing)
+        torch.testing.assert_close(loss.total(z, y), F.binary_cross_entropy_with_logits(z, smooth, reduction="sum"))
+
+
+def test_a_callable_is_a_mean_over_samples_or_a_sum():
+    mean = of(losses.Custom, function=lambda z, y: (z - y).square().mean())
+    summed = of(losses.Custom, False, function=lambda z, y: (z - y).square().sum())
+    z, y = double([[1, 2], [3, 4], [5, 6]]), torch.zeros(3, 2).double()
+    assert (float(mean.total(z, y)), mean.count((3, 2), y)) == (pytest.approx(91 / 6 * 3), 3)
+    assert float(summed.total(z, y)) == 91
+    scalar = of(losses.Custom, function=lambda z, y: z)
+    assert (float(scalar.total(double(2), None)), scalar.count((), None)) == (2, 1)
+
+
+def test_losses_go_by_names_with_options():
+    arrays = TorchArrays()
+    assert losses.named("BCE-with-logits", arrays) == losses.BinaryCrossEntropy(arrays)
+    assert losses.named("huber", arrays, delta=2.0) == losses.Huber(arrays, delta=2.0)
+
+
 @pytest.mark.parametrize(
     ("loss", "z", "y", "message"),
     [

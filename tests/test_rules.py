@@ -7,6 +7,7 @@ import torch
 from reference import layer_curvatures, random_relu_net
 
 from hessinit import rules
+from hessinit.layout import Layout
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,57 @@ from hessinit import rules
 )
 def test_gain_equals_closed_forms(nonlinearity, param, square):
     assert rules.gain(nonlinearity, param) ** 2 == pytest.approx(square, rel=1e-12)
+
+
+def test_names_have_aliases_and_relu_is_the_default():
+    assert rules.gain("swish") == rules.gain("SiLU")
+    assert rules.gain("hard_silu") == rules.gain("Hard-Swish")
+    assert rules.gain("identity") == rules.gain("linear")
+    assert rules.gain() == rules.gain("relu")
+    assert rules.pair_gain() == pytest.approx(0.5**0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(
+    ("function", "slope"),
+    [
+        (lambda u: np.maximum(u, 0), 1.0),
+        (lambda u: np.where(u > 0, u, 0.2 * u), 1.2),
+        (rules.activation("gelu"), 1.0),
+        (rules.activation("softplus"), 1.0),
+        (lambda u: u + np.abs(u) / 5, 2.0),  # alike but for a tenth of their difference and more
+        (lambda u: u + np.abs(u) / 20, None),
+        (lambda u: u, None),  # a pair would be one unit
+        (np.abs, None),  # one that vanishes
+        (lambda u: np.minimum(u, 0) - u, None),  # one that turns the sign
+        (np.tanh, None),  # not linear
+        (rules.activation("sigmoid"), None),
+    ],
+)
+def test_pairs_pass_signals_on_by_half_the_squared_slope(function, slope, scale):
+    gain = rules.pair_gain(lambda u: scale * function(u))
+    assert gain == (None if slope is None else pytest.approx(scale * slope / 2**0.5))
+
+
+@pytest.mark.parametrize("function", [lambda u: u.nothing, lambda u, v: u, "swosh"])
+def test_what_cannot_be_called_has_no_pairs(function):
+    assert rules.pair_gain(function) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "expected"),
+    [
+        (((128, 784),), {}, (784, 128)),
+        (((64, 3, 5, 5),), {}, (3 * 25, 64 * 25)),
+        (((784, 128), "...io"), {}, (784, 128)),
+        (((3, 3, 32, 1), "...go"), {}, (9, 9)),
+        (((64, 8, 3, 3), "(go)i..."), {"groups": 4}, (72, 144)),
+        (((256, 3, 16, 16),), {"stride": 256}, (768, 256)),
+        (((64, 32, 4, 4), Layout("io...", stride=4, transposed=True)), {}, (256, 512)),
+    ],
+)
+def test_fans_of_a_shape_and_a_layout_or_its_letters(arguments, options, expected):
+    assert rules.fans(*arguments, **options) == expected
 
 
 @pytest.mark.parametrize("depth", [2, 3, 6, 20, 50])
@@ -53,6 +105,7 @@ def test_depth_aware_gain_makes_growths_cancel(name, depth):
 
 
 def test_two_layers_have_the_one_layer_gain_and_depth_moves_it():
+    assert rules.gain("tanh", depth=1) == rules.gain("tanh")
     assert rules.gain("tanh", depth=2) == pytest.approx(rules.gain("tanh"))
     squares = [rules.gain("tanh", depth=depth) ** 2 for depth in (2, 3, 6, 20, 50, 1000)]
     assert squares == sorted(squares)
@@ -73,7 +126,7 @@ def test_two_layers_have_the_one_layer_gain_and_depth_moves_it():
         (lambda: rules.curvature_neutral_std(0, 1, 1), ValueError, "fan_in must be a finite positive number; got 0"),
         (lambda: rules.curvature_neutral_std(1, -1, 1), ValueError, "fan_out must be"),
         (lambda: rules.curvature_neutral_std(1, 1, math.nan), ValueError, "gain must be a finite"),
-        (lambda: rules.layer_curvatures([3, 2], [1.0, 1.0]), ValueError, "one entry a layer"),
+        (lambda: rules.layer_curvatures([3, 2], [1.0, 1.0]), ValueError, r"one entry a layer \(1\); got 2"),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):
@@ -137,6 +190,13 @@ def test_curvature_times_variance_is_equal_over_layers_of_a_homogeneous_net():
     stds = [0.3, 0.1, 0.7, 0.2]
     h = rules.layer_curvatures(WIDTHS, stds, "relu")
     assert h * np.array(stds) ** 2 == pytest.approx((h * np.array(stds) ** 2)[0])
+
+
+def test_layer_curvature_of_two_relu_layers_by_hand():
+    # Half of the squares forward and half of the slopes backward: 2 · σ_2² · 8 / 2 and 4 · σ_1² · 8 / 2.
+    assert rules.layer_curvatures([4, 8, 3], [0.5, 0.1], loss_trace=2.0) == pytest.approx([4 * 2 * 0.01 * 4, 2 * 4])
+    assert rules.layer_curvatures([4, 8, 3], [0.5, 0.1]) == pytest.approx([4 * 0.01 * 4, 4])
+    assert rules.layer_curvatures([4, 8, 3], [0.5, 0.1], "linear", second_moment=3.0) == pytest.approx([0.96, 24])
 
 
 def _drift(name, square):
