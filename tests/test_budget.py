@@ -255,6 +255,12 @@ def test_at_the_lower_end_of_the_band_sharpness_is_lowered_by_a_trade_between_we
     assert (len(solution.points), solution.reason) == (2, "met")
 
 
+def test_sharpness_is_raised_by_a_trade_also_between_weights_that_norms_follow():
+    solution = solve(Plane([-0.1, -3], [1, 1]), 2, 0.2)
+    way = math.log(2) / 2.9
+    assert solution.points[1].theta == pytest.approx([way, -way])
+
+
 def test_sharpness_is_lowered_along_the_level_no_farther_than_asked():
     solution = solve(Plane([2, 2], [1, 1], start=0.9), 2, 0.05)
     assert (len(solution.points), solution.best.level) == (2, pytest.approx(0.9 / 2**0.5))
@@ -272,7 +278,7 @@ def test_sharpness_is_not_lowered_by_growing_what_a_norm_follows():
 
 def test_where_only_the_level_helps_it_gives_way_by_no_more_than_its_room():
     little = solve(Plane([1, 1], [1, 1], start=0.35), 2, 0.1 * math.exp(0.15))
-    assert little.best.theta == pytest.approx([0.075, 0.075])
+    assert little.points[1].theta == pytest.approx([0.075, 0.075])
     double = solve(Plane([1, 1], [1, 1], start=0.35), 2, 0.2)
     assert double.points[1].level == pytest.approx(0.3**0.5)
     # But not where it would change more than twice as much as the trace.
@@ -353,10 +359,20 @@ def test_the_first_point_on_target_is_the_answer_though_one_beyond_it_is_in_the_
     assert (solution.reason, solution.best.sharpness, len(solution.points)) == ("met", 0.68, 3)
 
 
+def test_one_in_the_range_beyond_it_is_the_answer_where_the_probes_end_short_of_it():
+    solution = solve(Told((0.1, 0.5), (1.9, 0.5), (0.11, 0.5)), 2, (0.7, 2.0), max_probes=3)
+    assert (solution.reason, solution.best.sharpness, len(solution.points)) == ("met", 1.9, 3)
+    outside = solve(Told((0.1, 0.5), (1.9, 0.25), (0.11, 0.5)), 2, (0.7, 2.0), max_probes=3)
+    assert outside.reason == "stopped after 3 probes at ρ = 1.9"
+
+
 @pytest.mark.parametrize("level", [0.17, 2.5])
 def test_of_the_points_met_one_in_the_band_is_better_than_one_on_target(level):
     solution = solve(Told((0.1, 0.5), (0.2, level)), 2, 0.2, level=(0.3, 1.5), max_probes=3)
     assert (solution.reason, solution.best.level) == ("stopped after 3 probes at ρ = 0.1", 0.5)
+    # Anywhere in the band is as good.
+    nearer = solve(Told((0.1, 0.5), (0.12, 0.8)), 2, 0.2, level=(0.3, 1.5), max_probes=2)
+    assert (nearer.reason, nearer.best.level) == ("stopped after 2 probes at ρ = 0.12", 0.8)
 
 
 def test_a_worse_point_is_stepped_back_from_unless_it_is_only_a_little_worse():

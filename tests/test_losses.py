@@ -30,6 +30,7 @@ def test_value_and_second_derivative(name):
     product = torch.stack([loss.product(z, y, e.reshape(z.shape)).reshape(-1) for e in basis]) / divisor
     torch.testing.assert_close(product, true, rtol=1e-10, atol=1e-14)
     columns = list(loss.columns(z, y))
+    assert all(column.shape == z.shape for _, column in columns)
     rooted = sum(sign * torch.outer(c.reshape(-1), c.reshape(-1)) for sign, c in columns) / divisor
     torch.testing.assert_close(rooted, true, rtol=1e-10, atol=1e-14)
     assert loss.natural(z, y) is z
@@ -180,6 +181,22 @@ def test_what_a_mean_divides_by(loss, labels, count):
 def test_level_is_a_mean_square_in_units_of_the_loss(loss, z, y, level):
     square, number = loss.level(z, y)
     assert float(square) / number == pytest.approx(level)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_targets_must_be_finite_where_they_are_no_labels(bad):
+    for kind in (losses.SquaredError, losses.BinaryCrossEntropy, losses.CrossEntropy):
+        of(kind).check(P, P)
+        with pytest.raises(ValueError, match=r"^targets must be finite; got NaN or infinity$"):
+            of(kind).check(P, P + double([[0], [bad]]))
+
+
+def test_labels_are_classes_or_ignored():
+    of(losses.CrossEntropy, ignore_index=-100).check(P, torch.tensor([0, -100]))
+    with pytest.raises(ValueError, match=r"^labels must be in 0 … 2; got -100 … 0"):
+        of(losses.CrossEntropy).check(P, torch.tensor([0, -100]))
+    with pytest.raises(ValueError, match=r"^the outputs are a scalar: cross-entropy needs an axis of classes$"):
+        of(losses.CrossEntropy).check(double(1), torch.tensor(0))
 
 
 def test_smoothed_targets_of_two_classes_are_half_each_in_the_limit():
