@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overloa
 import numpy as np
 
 from hessinit import rules
-from hessinit.batches import ONE_AT_A_TIME, Batches, inputs_and_targets, out_of_memory, random_states_kept
+from hessinit.batches import ONE_AT_A_TIME, Batches, at_the_end, inputs_and_targets, out_of_memory, random_states_kept
 from hessinit.calibration import LEVEL, MAX_SCALE, Calibration, Target, calibrate, take
 from hessinit.calibration import check as check_target
 from hessinit.draw import UNPAIRED, Pairs, check_distribution, draw, stream
@@ -260,9 +260,9 @@ def init_(
                 rows[name] = _scaled(rows[name], calibration, name)
             if base == CURRENT:
                 values = {name: values[name] for name in weights}
-    _write(network, values)
     law = distribution if base == CLOSED_FORM else None
     report = Report(tuple(rows[p.name] for p in parameters), seed, law, calibration, tuple(network.buffers()))
+    _write(network, values)
     return (model, report) if return_report else model
 
 
@@ -465,14 +465,18 @@ def _rms(values: Any) -> float:
 def _write(network: Network, values: Mapping[str, Any]) -> None:
     """Writes all parameters or, on an error or an interruption, none."""
     saved: dict[str, Any] = {}
+
+    def restore() -> None:
+        for name, value in saved.items():
+            network.restore(name, value)
+
     try:
         for name, value in values.items():
             saved[name] = network.snapshot(name)
             network.write(name, value)
     except BaseException:
-        for name, value in saved.items():
-            network.restore(name, value)
-        raise
+        with at_the_end(restore):
+            raise
 
 
 def _std(fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from keras import layers
 
+from hessinit.batches import at_the_end
 from hessinit.layout import KERAS, Layout
 from hessinit.losses import Loss
 from hessinit.networks import base, keras_loss
@@ -199,14 +200,15 @@ class KerasNetwork:
 
         saved = [(layer, dict(layer.__dict__)) for layer in self.model._flatten_layers()]
         self._training = True if training is None else training
-        try:
-            for layer, attributes in saved if not dropout else []:
-                layer.__dict__.update({rate: 0.0 for rate in _RATES if isinstance(attributes.get(rate), float)})
-            with _kernels():
-                yield apply
-        finally:
+
+        def restore() -> None:
             for layer, attributes in saved:
                 layer.__dict__.update({rate: attributes[rate] for rate in _RATES if rate in attributes})
+
+        with at_the_end(restore), _kernels():
+            for layer, attributes in saved if not dropout else []:
+                layer.__dict__.update({rate: 0.0 for rate in _RATES if isinstance(attributes.get(rate), float)})
+            yield apply
 
     def forward(self, inputs: Any) -> Any:
         return self.model(inputs, training=self._training)

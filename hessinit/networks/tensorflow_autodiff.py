@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hessinit.batches import at_the_end
 from hessinit.networks.base import Function, Named, Pull
 
 
@@ -66,11 +67,10 @@ def differentiable_moments() -> Iterator[None]:
         variance = tf.reduce_mean(tf.square(x - mean), axis=axes, keepdims=keepdims)
         return (mean if keepdims else tf.squeeze(mean, axis=axes)), variance
 
-    original, tf.nn.moments = tf.nn.moments, moments
-    try:
+    original = tf.nn.moments
+    with at_the_end(lambda: setattr(tf.nn, "moments", original)):
+        tf.nn.moments = moments
         yield
-    finally:
-        tf.nn.moments = original
 
 
 def _tensors(values: Named) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from hessinit.networks.torch_autodiff import attributes_kept
+
 Inverse = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 
 
@@ -41,15 +43,11 @@ class Derived:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        modes = [(m, m.training) for m in self.source.modules()] if self.source is not None else []
-        try:
-            for module, _ in modes:
+        modules = [] if self.source is None else list(self.source.modules())
+        with attributes_kept(modules), torch.no_grad():
+            for module in modules:
                 module.training = False  # in training mode to look at a spectral norm is to take a step of it
-            with torch.no_grad():
-                return tuple(getattr(self.module, self.local).shape)
-        finally:
-            for module, training in modes:
-                module.training = training
+            return tuple(getattr(self.module, self.local).shape)
 
 
 def derived(model: nn.Module) -> Iterator[Derived]:

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hessinit.batches import ONE_AT_A_TIME, fixed_draws, random_states_kept
+from hessinit.batches import ONE_AT_A_TIME, at_the_end, fixed_draws, random_states_kept
 from hessinit.networks.base import Follower
 from hessinit.networks.graph import State, Units, WeightGraph, is_activation
 from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, modes_kept, seeded
@@ -45,8 +46,12 @@ def as_numpy_function(function: Callable[..., Any]) -> Callable[[Array], Array]:
         function = copy.deepcopy(function).eval().double().cpu()
 
     def call(u: Array) -> Array:
-        with torch.no_grad(), ONE_AT_A_TIME, torch.random.fork_rng(devices=[]):
-            result: Array = function(torch.from_numpy(np.array(u))).numpy()
+        with torch.no_grad(), ONE_AT_A_TIME:
+            before = torch.get_rng_state()
+            try:
+                result: Array = function(torch.from_numpy(np.array(u))).numpy()
+            finally:
+                torch.set_rng_state(before)
         return result
 
     return call
@@ -232,17 +237,9 @@ def trace(
     functions = [(module, _activation_of(module)) for module, _ in modes]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     sources = [(one.source, one.originals[0]) for one in computed if one.source is not None]
-    hooks = [source.register_forward_hook(partial(tracer.has_computed, name)) for source, name in sources]
-    try:
-        for module, function in functions:
-            module.training = False
-            if function is not None:
-                hooks.append(module.register_forward_pre_hook(tracer.enter))
-                hooks.append(module.register_forward_hook(partial(tracer.leave, function)))
-        draws = random_states_kept(seeded(seed, cuda_devices(model)))
-        with modes_kept(), torch.no_grad(), draws, fixed_draws(0), attributes_kept(settled), tracer:
-            outputs = call(model, inputs)
-    finally:
+    hooks: list[RemovableHandle] = []
+
+    def restore() -> None:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
@@ -250,6 +247,17 @@ def trace(
         with torch.no_grad():
             for buffer, saved in buffers:
                 buffer.copy_(saved)
+
+    draws = random_states_kept(seeded(seed, cuda_devices(model)))
+    with attributes_kept(settled), at_the_end(restore), modes_kept(), torch.no_grad(), draws, fixed_draws(0), tracer:
+        for source, name in sources:
+            hooks.append(source.register_forward_hook(partial(tracer.has_computed, name)))
+        for module, function in functions:
+            module.training = False
+            if function is not None:
+                hooks.append(module.register_forward_pre_hook(tracer.enter))
+                hooks.append(module.register_forward_hook(partial(tracer.leave, function)))
+        outputs = call(model, inputs)
     ends = [tracer.states[t] for t in _flatten(outputs) if isinstance(t, torch.Tensor) and t in tracer.states]
     graph.end(graph.join(ends))
     return graph.followers()

@@ -381,7 +381,7 @@ def test_the_command_without_redraws_measures_none_and_with_them_trains_nothing_
 
 
 def test_keras_default_rows_run_through_the_command(tmp_path):
-    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
     np.savez(
         tmp_path / "few.npz",
         **{
