@@ -37,8 +37,9 @@ ROWS = [
     {"experiments"},
     {"experiments.data"},
     {"experiments.baselines", "experiments.make_mini", "experiments.models"},
+    {"experiments.parallel", "experiments.statistics"},
     {"experiments.training", "experiments.plots"},
-    {"experiments.kappa"},
+    {"experiments.kappa", "experiments.study"},
     {"experiments.sweep"},
     {"experiments.cli"},
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import random
 import sys
@@ -15,7 +16,9 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from hessinit.experiments.sweep import Summary
+    from rich.console import Console
+
+    from hessinit.experiments.sweep import Plan, Store, Summary
 
 app = typer.Typer(
     add_completion=False,
@@ -34,10 +37,10 @@ def compare(
         str,
         typer.Option(
             help="mlp (784-128-84-10), mlp6, mlp12, mlp30, mlp50, mlp_wide, lenet, resnet_bn, resnet, vit, "
-            "charlm, digits or friedman."
+            "charlm, digits or friedman; comma-separated."
         ),
     ] = "mlp",
-    optimizer: Annotated[str, typer.Option(help="sgd, momentum (0.9), adam or adamw.")] = "sgd",
+    optimizer: Annotated[str, typer.Option(help="sgd, momentum (0.9), adam or adamw; comma-separated.")] = "sgd",
     lr: Annotated[str, typer.Option(help="Learning rates, comma-separated.")] = "0.01",
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
     epochs: Annotated[int, typer.Option(help="Passes over the train set.")] = 2,
@@ -51,7 +54,12 @@ def compare(
     ] = "auto",
     framework: Annotated[str, typer.Option(help="torch or keras (backend: KERAS_BACKEND).")] = "torch",
     redraws: Annotated[int, typer.Option(help="Redraws of the initial weights for κ; 0 for none.")] = 100,
-    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    validation: Annotated[int, typer.Option(help="Train samples kept back, to choose a learning rate by.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes; with a cluster, tasks at once.")] = 1,
+    backend: Annotated[
+        str, typer.Option(help="Of joblib: loky, or dask or ray for a cluster, where these are installed.")
+    ] = "loky",
+    cluster: Annotated[str | None, typer.Option(help="Address of the cluster's scheduler.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of runs.csv, curves.csv, curvature.csv and curves.png.")] = Path(
         "runs"
     ),
@@ -60,9 +68,41 @@ def compare(
 
     A stopped command, given again, goes on where it was. The table has means and sample standard deviations over seeds;
     "2 of 3" seeds means that one diverged. Train loss is that of the whole train set after training. κ is the curvature
-    of the loss along each layer's gradient before training, the median over redraws.
+    of the loss along each layer's gradient before training, the median over redraws. Of several problems or optimizers
+    each has its table and its picture, curves-PROBLEM-OPTIMIZER.png.
     """
     from rich.console import Console
+
+    from hessinit.experiments import parallel
+    from hessinit.experiments.sweep import Plan, Store, rows_of
+
+    if jobs < 1:
+        raise ValueError(f"compare: jobs must be at least 1; got {jobs}.")
+    lrs = _numbers(lr)
+    plans = [
+        Plan(
+            rows=rows_of(initializers, activation, framework),
+            lrs=lrs,
+            seeds=seeds,
+            epochs=epochs,
+            batch_size=batch_size,
+            problem=one,
+            optimizer=other,
+            framework=framework,
+            validation=validation,
+            redraws=redraws,
+        )
+        for one, other in itertools.product(problem.split(","), optimizer.split(","))
+    ]
+    store, console = Store(out), Console()
+    with parallel.on(backend, cluster):
+        for plan in plans:
+            picture = "curves.png" if len(plans) == 1 else f"curves-{plan.problem}-{plan.optimizer}.png"
+            _compare(plan, dataset, store, jobs, out / picture, console)
+
+
+def _compare(plan: Plan, dataset: str, store: Store, jobs: int, picture: Path, console: Console) -> None:
+    """One problem and optimizer: runs, redraws, table and picture."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -75,30 +115,16 @@ def compare(
     from hessinit.experiments import data, plots
     from hessinit.experiments.kappa import medians
     from hessinit.experiments.models import PROBLEMS
-    from hessinit.experiments.sweep import Plan, Store, redraw, rows_of, summaries, sweep
+    from hessinit.experiments.sweep import redraw, summaries, sweep
 
-    if jobs < 1:
-        raise ValueError(f"compare: jobs must be at least 1; got {jobs}.")
-    plan = Plan(
-        rows=rows_of(initializers, activation, framework),
-        lrs=_numbers(lr),
-        seeds=seeds,
-        epochs=epochs,
-        batch_size=batch_size,
-        problem=problem,
-        optimizer=optimizer,
-        framework=framework,
-        redraws=redraws,
-    )
-    store = Store(out)
-    loaded = data.load(PROBLEMS[problem].dataset if dataset == "auto" else dataset)
-    console = Console()
+    problem = PROBLEMS[plan.problem]
+    loaded = data.load(problem.dataset if dataset == "auto" else dataset)
     size = f"{len(loaded.x_train):,} train and {len(loaded.x_test):,} test samples"
     console.print(f"{loaded.name} from {loaded.source}: {size}", highlight=False)
     total = len(list(plan.runs(loaded.name)))
     done = len(store.rows_for(plan.runs(loaded.name)))
     if done:
-        console.print(f"{done} of {total} runs found in {out}", highlight=False)
+        console.print(f"{done} of {total} runs found in {store.folder}", highlight=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -111,17 +137,18 @@ def compare(
         task = bar.add_task("training", total=total, completed=done)
         runs = sweep(plan, loaded, store, jobs, lambda run, result: bar.advance(task))
         bar.stop_task(task)
-        if redraws:
+        if plan.redraws:
             planned = list(plan.draws(loaded.name))
             left = len(store.missing_draws(planned))
             second = bar.add_task("redraws", total=len(planned), completed=len(planned) - left)
             redraw(plan, loaded, store, jobs, lambda group: bar.advance(second, len(group)))
     kappas = store.kappas_for(plan.draws(loaded.name))
+    title = f"{problem.title} on {loaded.name}, {plan.optimizer}, {plan.framework}"
+    console.print(title, highlight=False)
     console.print(_table(summaries(store.rows_for(runs)), medians(kappas)))
-    title = f"{PROBLEMS[problem].title} on {loaded.name}, {optimizer}, {framework}"
-    plots.comparison(store.points_for(runs), kappas, out / "curves.png", title)
-    names = ["runs.csv", "curves.csv", *(["curvature.csv"] if redraws else []), "curves.png"]
-    console.print(f"Wrote {', '.join(names)} to {out}", highlight=False)
+    plots.comparison(store.points_for(runs), kappas, picture, title)
+    names = ["runs.csv", "curves.csv", *(["curvature.csv"] if plan.redraws else []), picture.name]
+    console.print(f"Wrote {', '.join(names)} to {store.folder}", highlight=False)
 
 
 def _numbers(text: str) -> list[float]:

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ FILES = {
     "t10k-labels-idx1-ubyte": ((10000,), "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 }
 
+Samples = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 Raw = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 
 
@@ -58,6 +59,20 @@ class Dataset:
     def loss(self) -> str:
         """``"cross_entropy"`` or, for regression, ``"mse"``."""
         return "mse" if np.issubdtype(self.y_train.dtype, np.floating) else "cross_entropy"
+
+    def split(self, validation: int) -> tuple[Dataset, Samples]:
+        """Without the last train samples, of this number, and these.
+
+        Raises:
+            ValueError: none would be left.
+        """
+        left = len(self.x_train) - validation
+        if not 0 < left <= len(self.x_train):
+            raise ValueError(
+                f"compare: validation must leave samples to train on; got {validation} of {len(self.x_train)}."
+            )
+        kept = replace(self, x_train=self.x_train[:left], y_train=self.y_train[:left])
+        return kept, (self.x_train[left:], self.y_train[left:])
 
 
 def load(name: str = "auto") -> Dataset:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import inspect
+import io
 import itertools
 import os
 import sys
@@ -35,6 +37,7 @@ COLOURS = {
     "lecun_normal": "#56B4E9",
     "torch_default": "#6E6E6E",
 }
+DASHED = {"he_uniform", "glorot_normal", "orthogonal_gain", "budget_unpaired"}  # of the colour of another
 STYLES = {"relu": "-", "tanh": "--", "gelu": "-.", "silu": ":"}
 
 
@@ -50,6 +53,23 @@ def figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4) -> 
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)
     return made, axes
+
+
+def rates(axes: Axes, line: DataFrame, name: str) -> None:
+    """One initializer against the learning rate: mean and deviation over seeds; where a run diverged, a gap.
+
+    Args:
+        axes: where to draw.
+        line: rows of :func:`hessinit.experiments.statistics.at_each_rate`, in the order of learning rates.
+        name: of the initializer.
+    """
+    means = line["mean"].where(np.isfinite(line["mean"]))
+    wide = 2.2 if name == "budget" else 1.2
+    style = "--" if name in DASHED else "-"
+    label, colour = INITIALIZERS[name].label, COLOURS[name]
+    axes.errorbar(
+        line.lr, means, line.sd, fmt=style, marker="o", markersize=3, linewidth=wide, color=colour, label=label
+    )
 
 
 def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]], path: Path, title: str = "") -> None:
@@ -140,13 +160,14 @@ def _mean(axes: Axes, curve: dict[int, list[float]], **style: Any) -> None:
 
 
 def figure_script(
-    stem: Path, compute: Callable[[], Iterable[dict[str, Any]]], draw: Callable[[DataFrame], Figure]
+    stem: Path, compute: Callable[..., Iterable[dict[str, Any]]], draw: Callable[[DataFrame], Figure]
 ) -> None:
     """The command line of a script in ``paper_figures``: draws its CSV; with ``--recompute`` makes the CSV first.
 
     Args:
         stem: path of the CSV, the PNG and the PDF, without suffix.
-        compute: yields the rows, one a seed, layer and setting; written as they come, so that a long run shows.
+        compute: yields the rows, one a seed, layer and setting; written as they come, so that a long run shows. If it
+            takes ``done``, it gets the rows that a run before this one, which was stopped, left.
         draw: the figure of the table.
     """
     import argparse
@@ -155,12 +176,13 @@ def figure_script(
 
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
     parser.add_argument("--recompute", action="store_true", help="run the work instead of reading the CSV")
-    table = stem.with_suffix(".csv")
+    table, partial = stem.with_suffix(".csv"), stem.with_suffix(".csv.part")
     if parser.parse_args().recompute:
-        partial = stem.with_suffix(".csv.part")
+        resumes = "done" in inspect.signature(compute).parameters and partial.exists()
+        done = _whole_rows(partial) if resumes else []
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer: csv.DictWriter[str] | None = None
-            for row in compute():
+            for row in itertools.chain(done, compute(done=done) if resumes else compute()):
                 if writer is None:
                     writer = csv.DictWriter(file, list(row), lineterminator="\n")
                     writer.writeheader()
@@ -170,3 +192,9 @@ def figure_script(
     made = draw(pd.read_csv(table))
     made.savefig(stem.with_suffix(".png"), dpi=150)
     made.savefig(stem.with_suffix(".pdf"), metadata={"CreationDate": None})
+
+
+def _whole_rows(path: Path) -> list[dict[str, str]]:
+    """Of a table whose last line may have been cut short."""
+    text = path.read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))

@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from hessinit.experiments import models
 from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
 from hessinit.experiments.data import Dataset
 from hessinit.experiments.kappa import Redraw, measure
-from hessinit.experiments.training import Result, Run, train
+from hessinit.experiments.parallel import each
+from hessinit.experiments.training import Result, Run, as_text, train
 
 KEYS = [field.name for field in fields(Run)]
 COLUMNS = [*KEYS, *(field.name for field in fields(Result) if field.name != "curve")]
@@ -27,8 +28,6 @@ FRAMEWORKS = ("torch", "keras")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 
 Kappas = list[list[float]]
-Task = TypeVar("Task")
-Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Plan:
         problem: a key of ``models.PROBLEMS``.
         optimizer: one of ``OPTIMIZERS``.
         framework: one of ``FRAMEWORKS``.
+        validation: train samples kept back from every run, the last ones.
         redraws: of the initial weights of each row, for κ; 0 for none. A row that fits the step has no weights without
             one, and no κ.
 
@@ -60,6 +60,7 @@ class Plan:
     problem: str = "mlp"
     optimizer: str = "sgd"
     framework: str = "torch"
+    validation: int = 0
     redraws: int = 100
 
     def __post_init__(self) -> None:
@@ -83,8 +84,9 @@ class Plan:
         for name in ("seeds", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"compare: {name.replace('_', '-')} must be at least 1; got {getattr(self, name)!r}.")
-        if self.redraws < 0:
-            raise ValueError(f"compare: redraws must be at least 0; got {self.redraws!r}.")
+        for name in ("validation", "redraws"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"compare: {name} must be at least 0; got {getattr(self, name)!r}.")
 
     def runs(self, dataset: str) -> Iterator[Run]:
         """Every run; seeds vary slowest, so that all rows are there after one seed."""
@@ -100,6 +102,7 @@ class Plan:
                 self.epochs,
                 self.batch_size,
                 seed,
+                self.validation,
             )
 
     def draws(self, dataset: str) -> Iterator[Redraw]:
@@ -125,7 +128,10 @@ def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 class Store:
-    """``runs.csv`` (a row a run), ``curves.csv`` and ``curvature.csv`` of one folder, each replaced as a whole.
+    """``runs.csv`` (a row a run), ``curves.csv`` and ``curvature.csv`` of one folder.
+
+    The first two grow; a row that an interruption cut short, and the points of a curve without a row, are dropped when
+    the folder is opened. The third is replaced as a whole.
 
     Raises:
         ValueError: the folder cannot be made or written, or holds other files of these names.
@@ -143,7 +149,7 @@ class Store:
             ) from error
         self.rows = self._load("runs.csv", COLUMNS)
         done = {_key(row) for row in self.rows}
-        self.points = [point for point in self._load("curves.csv", CURVE_COLUMNS) if _key(point) in done]
+        self.points = self._load("curves.csv", CURVE_COLUMNS, lambda point: _key(point) in done)
         self.kappas = self._load("curvature.csv", KAPPA_COLUMNS)
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
@@ -164,10 +170,10 @@ class Store:
     def add(self, run: Run, result: Result) -> None:
         """Writes one run: its curve first, so that a row in ``runs.csv`` always has one."""
         key = {name: str(value) for name, value in asdict(run).items()}
-        self.points += [{**key, "step": str(step), "loss": f"{loss:.6g}"} for step, loss in result.curve]
-        self.rows.append({**key, **{name: _text(value) for name, value in result.row().items()}})
-        _replace(self.folder / "curves.csv", _csv(CURVE_COLUMNS, self.points))
-        _replace(self.folder / "runs.csv", _csv(COLUMNS, self.rows))
+        points = [{**key, "step": str(step), "loss": f"{loss:.6g}"} for step, loss in result.curve]
+        self._append("curves.csv", CURVE_COLUMNS, self.points, points)
+        row = {**key, **{name: as_text(value) for name, value in result.row().items()}}
+        self._append("runs.csv", COLUMNS, self.rows, [row])
 
     def missing_draws(self, draws: Iterable[Redraw]) -> list[Redraw]:
         """Those of these redraws that are not here yet."""
@@ -183,35 +189,47 @@ class Store:
         """Writes κ of some redraws, a row a layer; layers are named as in the slides."""
         for draw, values in zip(draws, kappas, strict=True):
             key = {name: str(value) for name, value in asdict(draw).items()}
-            self.kappas += [{**key, "layer": f"dense{k}", "kappa": _text(v)} for k, v in enumerate(values, 1)]
+            self.kappas += [{**key, "layer": f"dense{k}", "kappa": as_text(v)} for k, v in enumerate(values, 1)]
         _replace(self.folder / "curvature.csv", _csv(KAPPA_COLUMNS, self.kappas))
 
-    def _load(self, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    def _append(
+        self, name: str, columns: Sequence[str], held: list[dict[str, str]], rows: list[dict[str, str]]
+    ) -> None:
+        path = self.folder / name
+        text = _csv(columns, rows, header=not path.exists())
+        with path.open("a", newline="", encoding="utf-8") as file:
+            file.write(text)
+        held += rows
+
+    def _load(
+        self, name: str, columns: Sequence[str], wanted: Callable[[dict[str, str]], bool] = lambda row: True
+    ) -> list[dict[str, str]]:
         path = self.folder / name
         if not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if list(reader.fieldnames or []) != list(columns):
-                raise ValueError(
-                    f"compare: out must be a folder of this command; got {str(path)!r} with other columns. "
-                    "Name another folder."
-                )
-            return list(reader)
+        text = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        if list(reader.fieldnames or []) != list(columns) and not _csv(columns, []).startswith(text):
+            raise ValueError(
+                f"compare: out must be a folder of this command; got {str(path)!r} with other columns. "
+                "Name another folder."
+            )
+        rows = list(filter(wanted, reader))
+        whole = _csv(columns, rows)
+        if whole != text:
+            _replace(path, whole)
+        return rows
 
 
 def _key(row: dict[str, Any], names: Sequence[str] = KEYS) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in names)
 
 
-def _text(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _csv(columns: Sequence[str], rows: Iterable[dict[str, str]]) -> str:
+def _csv(columns: Sequence[str], rows: Iterable[dict[str, str]], header: bool = True) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
+    if header:
+        writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
@@ -239,7 +257,10 @@ def sweep(
         All runs of the plan.
     """
     runs = list(plan.runs(data.name))
-    _each(train, store.missing(runs), data, jobs, store.add, on_run)
+    for run, result in each(train, store.missing(runs), jobs, data):
+        store.add(run, result)
+        if on_run is not None:
+            on_run(run, result)
     return runs
 
 
@@ -264,34 +285,11 @@ def redraw(
     """
     draws = list(plan.draws(data.name))
     groups = itertools.groupby(store.missing_draws(draws), lambda draw: (draw.initializer, draw.activation))
-    told = None if on_draws is None else lambda group, kappas: on_draws(group)
-    _each(measure, [list(group) for _, group in groups], data, jobs, store.add_kappas, told)
+    for group, kappas in each(measure, [list(group) for _, group in groups], jobs, data):
+        store.add_kappas(group, kappas)
+        if on_draws is not None:
+            on_draws(group)
     return draws
-
-
-def _each(
-    work: Callable[[Task, Dataset], Outcome],
-    tasks: Sequence[Task],
-    data: Dataset,
-    jobs: int,
-    *then: Callable[[Task, Outcome], object] | None,
-) -> None:
-    """Does every task, and calls what comes then with it and its outcome, as they end."""
-    from joblib import Parallel, delayed
-
-    done: Iterable[tuple[Task, Outcome]] = ((task, work(task, data)) for task in tasks)
-    if jobs > 1 and len(tasks) > 1:
-        # Copy-on-write maps: processes share the images, and torch takes them without complaint.
-        pool = Parallel(n_jobs=jobs, return_as="generator_unordered", mmap_mode="c")
-        done = pool(delayed(_one)(work, task, data) for task in tasks)
-    for task, outcome in done:
-        for call in then:
-            if call is not None:
-                call(task, outcome)
-
-
-def _one(work: Callable[[Task, Dataset], Outcome], task: Task, data: Dataset) -> tuple[Task, Outcome]:
-    return task, work(task, data)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,17 @@ from typing import Any
 import numpy as np
 
 from hessinit.experiments import baselines, models
-from hessinit.experiments.data import Dataset
+from hessinit.experiments.data import Dataset, Samples
 
 EVERY = 20  # steps between points of a curve; a point is the mean loss of the batches since the last
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained. Two equal runs give equal results on one machine."""
+    """What is trained. Two equal runs give equal results on one machine.
+
+    ``validation`` samples, the last of the train set, are kept back.
+    """
 
     problem: str
     framework: str
@@ -34,6 +37,7 @@ class Run:
     epochs: int
     batch_size: int
     seed: int
+    validation: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Result:
     """What came out.
 
     Args:
-        train_loss: mean over the whole train set, after training: cross-entropy, or mean squared error.
+        train_loss: mean over all that was trained on, after training: cross-entropy, or mean squared error.
+        validation_loss: the same of what was kept back; NaN where nothing was.
         last_fifth_loss: mean loss of the batches of the last fifth of the last epoch.
         test_accuracy: after training: share of right labels, or of the targets' variance that is explained.
         init_seconds: time of building and initialising the net, part of ``seconds``.
@@ -51,6 +56,7 @@ class Result:
     """
 
     train_loss: float
+    validation_loss: float
     last_fifth_loss: float
     test_accuracy: float
     init_seconds: float
@@ -65,6 +71,16 @@ class Result:
         return row
 
 
+def as_text(value: object) -> str:
+    """A value as tables have it: six digits.
+
+    Example:
+        >>> as_text(1 / 3), as_text(7)
+        ('0.333333', '7')
+    """
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def train(run: Run, data: Dataset, **calibration: Any) -> Result:
     """Trains one net: batches reshuffled each epoch from the run's seed, the last short one kept.
 
@@ -73,7 +89,8 @@ def train(run: Run, data: Dataset, **calibration: Any) -> Result:
         data: on what.
         calibration: keywords of :func:`hessinit.init_` for an initializer that fits the step.
     """
-    return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, data, calibration)
+    kept, held = data.split(run.validation)
+    return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, kept, held, calibration)
 
 
 def torch_net(problem: str, data: Dataset, initializer: str, activation: str, seed: int) -> Any:
@@ -118,7 +135,7 @@ def _summary(losses: np.ndarray[Any, Any], run: Run, samples: int) -> tuple[floa
     return last, tuple((end, float(losses[max(end - EVERY, 0) : end].mean())) for end in ends)
 
 
-def _train_torch(run: Run, data: Dataset, calibration: dict[str, Any]) -> Result:
+def _train_torch(run: Run, data: Dataset, held: Samples, calibration: dict[str, Any]) -> Result:
     import torch
     from torch.nn.functional import cross_entropy, mse_loss
 
@@ -157,13 +174,16 @@ def _train_torch(run: Run, data: Dataset, calibration: dict[str, Any]) -> Result
         model.eval()
         with torch.no_grad():
             train_loss = float(loss_of(_outputs(model, x), y))
+            validation_loss = math.nan
+            if len(held[0]):
+                validation_loss = float(loss_of(_outputs(model, torch.from_numpy(held[0])), torch.from_numpy(held[1])))
             outputs, targets = _outputs(model, torch.from_numpy(data.x_test)), torch.from_numpy(data.y_test)
             if data.loss == "mse":
                 accuracy = 1 - float(mse_loss(outputs, targets) / targets.var())
             else:
                 accuracy = float((outputs.argmax(-1) == targets).float().mean())
     last_fifth, curve = _summary(torch.stack(steps).numpy(), run, len(x))
-    return Result(train_loss, last_fifth, accuracy, init_seconds, seconds, status, curve)
+    return Result(train_loss, validation_loss, last_fifth, accuracy, init_seconds, seconds, status, curve)
 
 
 def _outputs(model: Any, x: Any) -> Any:
@@ -194,7 +214,7 @@ def _keras_optimizer(run: Run) -> Any:
     return {"adam": optimizers.Adam, "adamw": optimizers.AdamW}[run.optimizer](run.lr)
 
 
-def _train_keras(run: Run, data: Dataset, calibration: dict[str, Any]) -> Result:
+def _train_keras(run: Run, data: Dataset, held: Samples, calibration: dict[str, Any]) -> Result:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
 
@@ -243,6 +263,8 @@ def _train_keras(run: Run, data: Dataset, calibration: dict[str, Any]) -> Result
             break
     seconds = time.perf_counter() - start
     train_loss, _ = model.evaluate(data.x_train, data.y_train, 1024, verbose=0)
+    validation_loss = model.evaluate(*held, 1024, verbose=0)[0] if len(held[0]) else math.nan
     _, accuracy = model.evaluate(data.x_test, data.y_test, 1024, verbose=0)
     last_fifth, curve = _summary(np.array(steps), run, len(data.x_train))
-    return Result(float(train_loss), last_fifth, float(accuracy), init_seconds, seconds, status, curve)
+    losses = float(train_loss), float(validation_loss), last_fifth
+    return Result(*losses, float(accuracy), init_seconds, seconds, status, curve)

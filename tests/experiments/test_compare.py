@@ -194,6 +194,32 @@ def test_the_store_resumes_and_drops_curves_without_a_row(tmp_path):
     assert strip == [",".join(line.split(",")[:-3]) for line in lines]
 
 
+def test_a_line_cut_short_is_made_again(tmp_path):
+    plan = Plan(rows=[("he_normal", "relu"), ("slides", "relu")], seeds=1, epochs=1)
+    for _ in range(2):
+        sweep.sweep(plan, FIRST, Store(tmp_path))
+        assert [len((tmp_path / name).read_text().splitlines()) for name in ("runs.csv", "curves.csv")] == [3, 3]
+        text = (tmp_path / "runs.csv").read_text()
+        (tmp_path / "runs.csv").write_text(text[:-9])
+    assert len(Store(tmp_path).points) == 1
+    (tmp_path / "runs.csv").write_text(text[:9])  # of the header
+    assert Store(tmp_path).points == []
+
+
+@pytest.mark.parametrize("framework", sweep.FRAMEWORKS)
+def test_samples_kept_back_are_not_trained_on_and_have_a_loss(framework):
+    result = training.train(run(framework=framework, validation=128), FIRST)
+    few = replace(FIRST, x_train=FIRST.x_train[:512], y_train=FIRST.y_train[:512])
+    without = training.train(run(framework=framework), few)
+    assert result.train_loss == without.train_loss
+    assert math.isnan(without.validation_loss)
+    last = replace(FIRST, x_test=FIRST.x_train[512:], y_test=FIRST.y_train[512:])
+    assert training.train(run(framework=framework, validation=128), last).validation_loss == result.validation_loss
+    assert result.train_loss < result.validation_loss < 2.3
+    with pytest.raises(ValueError, match="validation must leave samples to train on; got 640 of 640"):
+        training.train(run(validation=640), FIRST)
+
+
 def test_processes_give_the_same_results(tmp_path):
     plan = Plan(rows=[("he_normal", "relu"), ("orthogonal", "relu")], epochs=1, seeds=2)
     one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
@@ -292,6 +318,7 @@ def test_summaries_are_means_and_sample_deviations():
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"batch_size": -1}, "batch-size must be at least 1; got -1"),
         ({"redraws": -1}, "redraws must be at least 0; got -1"),
+        ({"validation": -1}, "validation must be at least 0; got -1"),
     ],
 )
 def test_bad_plans_are_refused(arguments, message):
@@ -380,6 +407,33 @@ def test_the_command_without_redraws_measures_none_and_with_them_trains_nothing_
     assert len(Store(tmp_path).kappas) == 2 * 3 * 3
 
 
+def test_several_problems_and_optimizers_in_one_command(tmp_path):
+    some = ("compare", "--dataset", "digits", "--redraws", "0", "--epochs", "1", "--seeds", "1", "--lr", "0.01")
+    names = ("--problem", "digits,mlp6", "--optimizer", "momentum,adam", "--initializers", "he_normal,budget")
+    done = command(*some, *names, "--validation", "200", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = Store(tmp_path).rows
+    assert {(row["problem"], row["optimizer"]) for row in rows} == set(
+        itertools.product(("digits", "mlp6"), ("momentum", "adam"))
+    )
+    assert all(0 < float(row["validation_loss"]) < 10 for row in rows)
+    assert len(list(tmp_path.glob("curves-*-*.png"))) == 4
+    assert done.stdout.count("budget, relu") == 4
+
+
+def test_a_cluster_has_the_results_of_one_machine(tmp_path):
+    pytest.importorskip("dask.distributed")
+    some = ("compare", "--dataset", "digits", "--problem", "digits", "--redraws", "0", "--epochs", "1", "--seeds", "2")
+    arguments = (*some, "--initializers", "he_normal,budget")
+    for jobs in (("--jobs", "1"), ("--jobs", "2", "--backend", "dask")):
+        done = command(*arguments, *jobs, "--out", str(tmp_path / jobs[1]))
+        assert done.returncode == 0, done.stderr
+    one, two = (Store(tmp_path / name).rows for name in "12")
+    losses = [{(row["initializer"], row["seed"]): row["train_loss"] for row in rows} for rows in (one, two)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
 def test_keras_default_rows_run_through_the_command(tmp_path):
     environment = {**os.environ, "KERAS_BACKEND": "torch"}
     np.savez(
@@ -406,6 +460,10 @@ def test_keras_default_rows_run_through_the_command(tmp_path):
         (["--seeds", "many"], "--seeds"),
         (["--jobs", "0"], "jobs must be at least 1; got 0"),
         (["--redraws", "-1"], "redraws must be at least 0; got -1"),
+        (["--problem", "mlp,nope"], "friedman; got 'nope'"),
+        (["--optimizer", "sgd,nope"], "optimizer must be one of sgd, momentum, adam, adamw; got 'nope'"),
+        (["--backend", "nope"], "backend must be one of loky, dask, ray; got 'nope'"),
+        (["--cluster", "here"], "cluster must be of dask or ray; got 'here' with backend 'loky'"),
         (["--dataset", "mnist"], "dataset must be one of auto"),
         (["--out", "/dev/null/x"], "out must be a folder that can be written"),
         (["--nope"], "--nope"),
