@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# Okabe & Ito (2008), readable by the colour-blind.
+# Okabe & Ito (2008), and for the methods of others Tol's muted scheme (2021): both readable by the colour-blind.
 COLOURS = {
     "budget": "#000000",
     "budget_unpaired": "#6E6E6E",
@@ -34,6 +34,15 @@ COLOURS = {
     "orthogonal_gain": "#CC79A7",
     "lecun_normal": "#56B4E9",
     "torch_default": "#6E6E6E",
+    "he_warmup": "#88CCEE",
+    "zero_output": "#DDCC77",
+    "lsuv": "#332288",
+    "lsuv_package": "#332288",
+    "gradinit": "#117733",
+    "metainit": "#882255",
+    "autoinit": "#999933",
+    "fixup": "#44AA99",
+    "balanced": "#CC6677",
 }
 STYLES = {"relu": "-", "tanh": "--", "gelu": "-.", "silu": ":"}
 
@@ -81,7 +90,7 @@ def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]
             ]
             _densities(row[0], own, colour)
             if not own:
-                row[0].text(0.5, 0.5, "fits the step", transform=row[0].transAxes, ha="center", color="0.5")
+                row[0].text(0.5, 0.5, "fitted to data", transform=row[0].transAxes, ha="center", color="0.5")
             row[0].set(xscale="log", ylabel="density", ylim=(0, None))
         for panel, lr in zip(row[first:], lrs, strict=True):
             for other in curves.values():
