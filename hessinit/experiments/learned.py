@@ -68,7 +68,7 @@ def gradinit_(
         for _ in range(steps):
             drawn = torch.randperm(len(x), generator=generator)
             half = min(batch_size, len(x)) // 2
-            first, second = drawn[: 2 * half], torch.cat([drawn[:half], drawn[2 * half : 3 * half]])
+            first, second = drawn[: 2 * half], torch.cat([drawn[:half], drawn[-half:]])
             parameters = [scales[name] * weight if name in scales else weight for name, weight in trained.items()]
             gradient = _grad(loss_at(parameters, first), parameters)
             norm = torch.cat([g.flatten() for g in gradient]).norm(1 if adam else 2)

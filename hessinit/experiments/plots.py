@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# Okabe & Ito (2008), and for the methods of others Tol's muted scheme (2021): both readable by the colour-blind.
+# Okabe & Ito (2008), readable by the colour-blind; then, one after another, the colour farthest in CIE Lab from those
+# before it, for normal sight and in simulations of three deficiencies (Machado et al., 2009).
 COLOURS = {
     "budget": "#000000",
     "budget_unpaired": "#6E6E6E",
@@ -34,15 +35,15 @@ COLOURS = {
     "orthogonal_gain": "#CC79A7",
     "lecun_normal": "#56B4E9",
     "torch_default": "#6E6E6E",
-    "he_warmup": "#88CCEE",
-    "zero_output": "#DDCC77",
-    "lsuv": "#332288",
-    "lsuv_package": "#332288",
-    "gradinit": "#117733",
-    "metainit": "#882255",
-    "autoinit": "#999933",
-    "fixup": "#44AA99",
-    "balanced": "#CC6677",
+    "he_warmup": "#E11E3C",
+    "zero_output": "#9678FF",
+    "lsuv": "#5A2D00",
+    "lsuv_package": "#5A2D00",
+    "gradinit": "#9600F0",
+    "metainit": "#0F1E87",
+    "autoinit": "#C3B469",
+    "fixup": "#4B2D5A",
+    "balanced": "#96003C",
 }
 STYLES = {"relu": "-", "tanh": "--", "gelu": "-.", "silu": ":"}
 

@@ -1,6 +1,5 @@
 """The methods of others: what the paper of each states, on nets where a simpler rule would not have it."""
 
-import importlib.util
 import itertools
 import math
 import sys
@@ -20,7 +19,6 @@ WHOLE = data.load("fashion_mnist_mini")
 FEW = replace(WHOLE, x_train=WHOLE.x_train[:256], y_train=WHOLE.y_train[:256], x_test=WHOLE.x_test[:50])
 FEW = replace(FEW, y_test=FEW.y_test[:50])
 X, Y = torch.from_numpy(FEW.x_train), torch.from_numpy(FEW.y_train)
-HAS_LSUV = importlib.util.find_spec("lsuv") is not None
 
 
 def generator(seed=0):
@@ -74,15 +72,16 @@ def transformer(depth=3, width=16):
             nn.TransformerEncoderLayer(width, 4, 32, 0.0, "gelu", batch_first=True, norm_first=True)
             for _ in range(depth)
         ]
-        return nn.Sequential(*block, nn.Flatten(), nn.Linear(6 * width, 10))
+        net = nn.Sequential(*block, nn.Flatten(), nn.Linear(6 * width, 10))
+    baselines._he(net, "gelu", generator())
+    return net
 
 
-@pytest.mark.parametrize("scale", [1.0, 7.0])
-@pytest.mark.parametrize("problem", ["mlp6", "lenet", "resnet", "vit"])
+@pytest.mark.parametrize(("problem", "scale"), [("mlp6", 1), ("mlp6", 7), ("lenet", 7), ("resnet", 7), ("vit", 7)])
 def test_lsuv_gives_every_layer_unit_variance_the_first_included(problem, scale):
-    net = drawn(problem, "lsuv", models.PROBLEMS[problem].activations[-1])
-    rivals.lsuv_(net, scale * X)
-    variances = [float(out.var(correction=0)) for out in outputs_of_layers(net, scale * X).values()]
+    net, x = drawn(problem, "lsuv", models.PROBLEMS[problem].activations[-1]), scale / X.std() * X[:64]
+    rivals.lsuv_(net, x)
+    variances = [float(out.var(correction=0)) for out in outputs_of_layers(net, x).values()]
     assert len(variances) == {"mlp6": 6, "lenet": 5, "resnet": 10, "vit": 1 + 3 * 6 + 1}[problem]
     assert variances == [pytest.approx(1, abs=0.1)] * len(variances)
 
@@ -95,12 +94,12 @@ def test_lsuv_leaves_a_layer_without_variance_and_those_behind_it():
     with torch.no_grad():
         net[4].weight.zero_()
     rivals.lsuv_(net, X)
-    assert float(net[2](net[1](net[0](X))).var(correction=0)) == pytest.approx(1, abs=1e-3)
+    assert float(net[:3](X).detach().var(correction=0)) == pytest.approx(1, abs=1e-3)
     assert all(torch.equal(net[k].weight, before[k]) for k in (6, 8, 10))
 
 
-@pytest.mark.skipif(not HAS_LSUV, reason="the package lsuv is optional")
 def test_the_lsuv_package_gives_unit_variance_too_and_leaves_the_random_state():
+    pytest.importorskip("lsuv")
     net = drawn("mlp6", "lsuv_package")
     state = torch.get_rng_state()
     rivals.lsuv_package_(net, X, seed=0)
@@ -111,7 +110,7 @@ def test_the_lsuv_package_gives_unit_variance_too_and_leaves_the_random_state():
     rivals.lsuv_package_(again, X, seed=0)
     assert torch.equal(net[0].weight, again[0].weight)
     rivals.lsuv_package_(again, torch.zeros_like(X), seed=0)
-    assert float(again[0].weight.abs().max()) > 1e6 or not again[0].weight.isfinite().all()  # why there is ours
+    assert not again[0].weight.abs().max() < 1e6  # why there is ours
 
 
 def test_without_the_lsuv_package_its_name_is_told(monkeypatch):
@@ -131,17 +130,17 @@ def after_a_step(net, x, y, lr, adam):
         return float(cross_entropy(torch.func.functional_call(net, moved, (x,)), y)), float(norm)
 
 
-@pytest.mark.parametrize(("adam", "lr", "gamma"), [(False, 0.1, 1.0), (True, 1e-3, 400.0)])
-def test_gradinit_lowers_the_loss_after_a_step_within_its_bound(adam, lr, gamma):
+@pytest.mark.parametrize(("adam", "lr"), [(False, 0.1), (True, 1e-3)])
+def test_gradinit_lowers_the_loss_after_a_step_within_its_bound(adam, lr):
+    """Of a bound that the net does not keep at first, and that binds: without it the norm would grow."""
     x, y = 3 * X[:128], Y[:128]
     net = drawn("mlp")
     before, norm = after_a_step(net, x, y, lr, adam)
-    assert norm > gamma
-    options = {"adam": adam, "steps": 120, "scale_lr": 0.02}
+    gamma, options = 0.95 * norm, {"adam": adam, "steps": 50, "scale_lr": 0.02}
     start = [p.detach().clone() for p in net.parameters() if p.ndim > 1]
     learned.gradinit_(net, x, y, cross_entropy, lr=lr, gamma=gamma, generator=generator(), **options)
     after, norm = after_a_step(net, x, y, lr, adam)
-    assert after < 0.7 * before
+    assert after < 0.92 * before
     assert norm <= gamma * (1 + 1e-5)
     for weight, one in zip([p for p in net.parameters() if p.ndim > 1], start, strict=True):
         scale = float((weight * one).sum() / one.square().sum())
@@ -163,10 +162,8 @@ def test_gradinit_is_for_the_step_that_it_is_told():
 def test_gradinits_scales_have_a_lower_bound():
     net = nn.Sequential(nn.Linear(4, 3))
     start = net[0].weight.detach().clone()
-    y = torch.randint(3, (64,), generator=generator())  # of which the inputs tell nothing
-    learned.gradinit_(
-        net, normal(64, 4), y, cross_entropy, lr=1e-6, adam=True, generator=generator(), steps=300, scale_lr=0.05
-    )
+    x, y = normal(20, 4).repeat_interleave(3, 0), torch.arange(60) % 3  # the inputs tell nothing of the labels
+    learned.gradinit_(net, x, y, cross_entropy, lr=1e-6, adam=True, generator=generator(), steps=100, scale_lr=0.05)
     assert torch.allclose(net[0].weight, 0.01 * start)
 
 
@@ -195,12 +192,12 @@ def test_metainit_lowers_the_gradient_quotient_by_norms_alone_and_without_data()
 
     net, other = drawn("mlp"), drawn("mlp")
     before, start = quotient(net), [p.detach().clone() for p in net.parameters()]
-    learned.metainit_(net, X, Y, cross_entropy, generator=generator(), steps=60)
+    learned.metainit_(net, X, Y, cross_entropy, generator=generator(), steps=40)
     assert quotient(net) < 0.1 * before
     for parameter, one in zip(net.parameters(), start, strict=True):
         same = parameter if parameter.ndim == 1 else parameter * (one.norm() / parameter.norm())
         assert torch.allclose(same, one, atol=1e-5)
-    learned.metainit_(other, 5 * X, Y, cross_entropy, generator=generator(), steps=60)
+    learned.metainit_(other, 5 * X, Y, cross_entropy, generator=generator(), steps=40)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), other.parameters(), strict=True))
 
 
@@ -211,13 +208,13 @@ def variances_of(net, x):
     return np.array([float(out.var()) for out in outputs_of_layers(net, x).values()])
 
 
-@pytest.mark.parametrize("activation", models.ACTIVATIONS)
-def test_autoinit_keeps_the_variance_of_a_deep_net_at_one(activation):
-    """On average over draws: the variance of one draw wanders with depth."""
+@pytest.mark.parametrize(("activation", "depth"), [("tanh", 10), ("relu", 10), ("gelu", 5), ("silu", 5)])
+def test_autoinit_keeps_the_variance_of_a_deep_net_at_one(activation, depth):
+    """On average over draws: that of one draw wanders with depth, and for GELU and SiLU one is no stable variance."""
     x = 0.7 + 2 * normal(512, 64)
     found, he = [], []
     for seed in range(4):
-        net = models.torch_mlp(WIDTHS, activation)
+        net = models.torch_mlp(WIDTHS[: depth + 1], activation)
         rivals.autoinit_(net, x, generator(seed))
         found.append(variances_of(net, x))
         baselines._he(net, activation, generator(seed))
@@ -312,7 +309,7 @@ def test_the_first_loss_of_a_zero_output_is_that_of_no_guess(problem, initialize
 @pytest.mark.parametrize(("problem", "activation"), [("mlp", "relu"), ("mlp", "tanh"), ("lenet", "tanh")])
 def test_balanced_layers_have_equal_curvatures_and_the_same_product_of_scales(problem, activation):
     net = drawn(problem, "closed_form", activation)
-    batch = X[:64], Y[:64]
+    batch = X[:16], Y[:16]
 
     def traces():
         found = curvature.layer_traces(net, batch, "cross_entropy", None, params="*weight", progress=False)
@@ -347,9 +344,8 @@ def test_warm_up_raises_the_learning_rate_over_the_first_tenth(framework):
     zeros = data.Dataset("zeros", "here", x, y, x, y, outputs=2)
     run = training.Run("mlp", framework, "zeros", "he_warmup", "relu", "sgd", 0.3, 15, 2, 0)
     orders = training._orders(run, 4)
-    b, step = np.zeros(2), 0
-    for batch in (rows for order in orders for rows in np.split(order, 2)):
-        step += 1
+    b = np.zeros(2)
+    for step, batch in enumerate((rows for order in orders for rows in np.split(order, 2)), 1):
         p = np.exp(b) / np.exp(b).sum()
         b = b - 0.3 * min(1, step / 3) * (p - np.eye(2)[y[batch]].mean(0))
     log_p = b - np.log(np.exp(b).sum())
@@ -366,14 +362,14 @@ def test_every_initializer_trains_and_repeats(name):
         pytest.importorskip("lsuv")
     problem = "resnet" if name == "fixup" else "mlp"
     runs = [training.Run(problem, "torch", "few", name, "relu", "sgd", 0.01, 1, 64, seed) for seed in (0, 0, 1)]
-    state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    state = torch.get_rng_state(), np.random.get_state()[1].tolist()
     one, two, other = (training.train(run, FEW, **QUICK.get(name, {})) for run in runs)
     assert one.status == "ok"
     assert math.isfinite(one.train_loss)
     assert one.train_loss == two.train_loss != other.train_loss
     assert one.test_accuracy == two.test_accuracy
     assert torch.equal(torch.get_rng_state(), state[0])
-    assert np.random.get_state()[1].tolist() == state[1]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == state[1]
 
 
 FITTED = [name for name, one in INITIALIZERS.items() if one.fit and not name.startswith("budget")]
