@@ -127,7 +127,7 @@ def after_a_step(net, x, y, lr, adam):
     }
     norm = torch.cat([g.flatten() for g in gradient]).norm(1 if adam else 2)
     with torch.no_grad():
-        return float(cross_entropy(torch.func.functional_call(net, moved, (x,)), y)), float(norm)
+        return float(cross_entropy(torch.func.functional_call(net, moved, (x,)), y)), norm.item()
 
 
 @pytest.mark.parametrize(("adam", "lr"), [(False, 0.1), (True, 1e-3)])
@@ -143,7 +143,7 @@ def test_gradinit_lowers_the_loss_after_a_step_within_its_bound(adam, lr):
     assert after < 0.92 * before
     assert norm <= gamma * (1 + 1e-5)
     for weight, one in zip([p for p in net.parameters() if p.ndim > 1], start, strict=True):
-        scale = float((weight * one).sum() / one.square().sum())
+        scale = ((weight * one).sum() / one.square().sum()).item()
         assert torch.allclose(weight, scale * one, atol=1e-6)  # one number a tensor
         assert scale >= 0.01 - 1e-6
 
@@ -181,14 +181,14 @@ def test_the_gradient_quotient_is_that_of_the_dense_hessian():
     g, hessian = torch.func.grad(loss)(flat), torch.func.hessian(loss)(flat)
     expected = ((g - hessian @ g) / (g + torch.where(g >= 0, eps, -eps)) - 1).abs().mean()
     found = learned.gradient_quotient(cross_entropy(net(x), y), list(net.parameters()), eps)
-    assert float(found) == pytest.approx(float(expected), rel=1e-10)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
 
 
 def test_metainit_lowers_the_gradient_quotient_by_norms_alone_and_without_data():
     x, y = normal(256, 784, seed=5), torch.randint(10, (256,), generator=generator(6))
 
     def quotient(net):
-        return float(learned.gradient_quotient(cross_entropy(net(x), y), list(net.parameters())))
+        return learned.gradient_quotient(cross_entropy(net(x), y), list(net.parameters())).item()
 
     net, other = drawn("mlp"), drawn("mlp")
     before, start = quotient(net), [p.detach().clone() for p in net.parameters()]
@@ -232,8 +232,8 @@ def test_autoinits_variances_are_those_of_its_formula():
     relu = 0.5 / math.pi + (0.5 - 0.5 / math.pi) / 4  # E u² of the mean of four: mean² + variance / 4
     squares = [(0.7**2 + 4) * 25, np.mean(maxima**2) * 400 * 9, relu * 50]
     for layer, square in zip((net[0], net[2], net[6]), squares, strict=True):
-        assert float(layer.weight.var()) == pytest.approx(1 / square, rel=0.03)
-        assert float(layer.weight.abs().max()) < 2.3 / square**0.5  # truncated
+        assert layer.weight.var().item() == pytest.approx(1 / square, rel=0.03)
+        assert layer.weight.abs().max().item() < 2.3 / square**0.5  # truncated
         assert not layer.bias.any()
 
 
@@ -263,7 +263,7 @@ def test_fixup_scales_what_is_inside_branches_by_their_number():
     deep, plain = transformer(3), transformer(3)
     rivals.fixup_(deep)
     ratio = (deep[0].self_attn.in_proj_weight / plain[0].self_attn.in_proj_weight).chunk(3)
-    assert [float(part.mean()) for part in ratio] == pytest.approx([1, 1, 6**-0.5])  # two branches a block
+    assert [part.mean().item() for part in ratio] == pytest.approx([1, 1, 6**-0.5])  # two branches a block
     assert torch.allclose(deep[2].linear1.weight, plain[2].linear1.weight / math.sqrt(6))
 
 
@@ -286,7 +286,7 @@ def test_fixup_steps_change_the_outputs_by_as_much_at_any_depth():
             optimizer.zero_grad()
             cross_entropy(net(x), y).backward()
             optimizer.step()
-        return float((net(x) - first).norm())
+        return (net(x) - first).norm().item()
 
     assert change(32, True) == pytest.approx(change(4, True), rel=0.5)
     assert not change(32, False) < 10 * change(4, False)  # He's, which may be NaN
@@ -302,7 +302,7 @@ def test_fixup_needs_residual_blocks():
 )
 def test_the_first_loss_of_a_zero_output_is_that_of_no_guess(problem, initializer):
     net = drawn(problem, initializer)
-    assert float(cross_entropy(net(X), Y)) == pytest.approx(math.log(10), abs=1e-6)
+    assert cross_entropy(net(X), Y).item() == pytest.approx(math.log(10), abs=1e-6)
     assert sum(not p.any() for p in net.parameters() if p.ndim > 1) == (1 if initializer == "zero_output" else 7)
 
 
@@ -316,7 +316,7 @@ def test_balanced_layers_have_equal_curvatures_and_the_same_product_of_scales(pr
         return np.array(list(found.values()))
 
     def product():
-        return sum(math.log(p.norm()) for p in net.parameters() if p.ndim > 1)
+        return sum(p.norm().log().item() for p in net.parameters() if p.ndim > 1)
 
     before, logs = traces(), product()
     rivals.balanced_(net, batch, "cross_entropy", 0, num_probes=None)
