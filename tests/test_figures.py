@@ -192,7 +192,7 @@ def test_the_committed_picture_is_of_the_default_comparison(tmp_path):
     runs = list(Plan().runs("fashion_mnist"))
     assert len(store.rows_for(runs)) == len(runs)
     kappas = store.kappas_for(Plan().draws("fashion_mnist"))
-    drawn = [row for row in DEFAULT_ROWS if not INITIALIZERS[row[0]].fits_step]
+    drawn = [row for row in DEFAULT_ROWS if INITIALIZERS[row[0]].fit is None]
     assert len(kappas) == len(drawn) * 100 * 3
     plots.comparison(store.points_for(runs), kappas, tmp_path / "again.png")
     assert (FIGURES / "compare" / "curves.png").stat().st_size > 10_000

@@ -35,7 +35,8 @@ ROWS = [
     {"torch", "keras", "inspection"},
     {""},  # the package itself: lazy names
     {"experiments"},
-    {"experiments.data"},
+    {"experiments.data", "experiments.rivals"},
+    {"experiments.learned"},
     {"experiments.baselines", "experiments.make_mini", "experiments.models"},
     {"experiments.parallel", "experiments.statistics"},
     {"experiments.training", "experiments.plots"},

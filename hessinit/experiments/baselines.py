@@ -2,12 +2,13 @@
 
 A PyTorch initializer is a function of a model as its constructor left it, the activation's name and a generator; a
 Keras one gives the kernel initializer of layer k. The rules of others are for linear and convolutional layers: what
-else a model has keeps what its constructor drew.
+else a model has keeps what its constructor drew. Some methods then fit the model to data, loss or optimizer: those of
+others are in :mod:`hessinit.experiments.rivals` and :mod:`hessinit.experiments.learned`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,51 @@ if TYPE_CHECKING:
 
 TorchInit = Callable[["nn.Module", str, "torch.Generator"], None]
 KerasInit = Callable[[int, str, int, int], Any]
+
+SAMPLES = 256  # of the batch by which the methods of others measure a model
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a method may use that fits a model before it is trained.
+
+    Args:
+        x: inputs of the train set.
+        y: targets of the train set.
+        loss: its name; None for that of a compiled Keras model.
+        criterion: mean loss of outputs and targets, in PyTorch.
+        optimizer: that will train the model; None for that of a compiled Keras model.
+        optimizer_name: sgd, momentum, adam or adamw.
+        lr: its learning rate.
+        batch_size: samples a step.
+        seed: decides everything random.
+        options: keywords of the method.
+    """
+
+    x: Any
+    y: Any
+    loss: str | None
+    criterion: Callable[[Any, Any], Any] | None
+    optimizer: Any
+    optimizer_name: str
+    lr: float
+    batch_size: int
+    seed: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def generator(self) -> torch.Generator:
+        """A new one, from the seed."""
+        import torch
+
+        return torch.Generator().manual_seed(self.seed)
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples drawn from the train set."""
+        import torch
+
+        rows = torch.randperm(len(self.x), generator=self.generator)[:SAMPLES]
+        return self.x[rows], self.y[rows]
 
 
 @dataclass(frozen=True)
@@ -28,24 +74,18 @@ class Initializer:
         source: where it is from.
         torch: initialises a PyTorch model in place; None where the framework has no such thing.
         keras: kernel initializer of a Keras layer from (layer index k, activation, depth, seed); None likewise.
-        fits_step: whether :func:`hessinit.init_` then fits the model to its loss and optimizer.
-        options: keywords of it.
+        fit: then fits the model, in place; None for nothing of the kind.
+        options: keywords of the fit.
+        warmup: share of the steps over which the learning rate rises linearly to its value.
     """
 
     label: str
     source: str
     torch: TorchInit | None
     keras: KerasInit | None
-    fits_step: bool = False
+    fit: Callable[[Any, Fit], None] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def layers_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The linear and convolutional layers and the packed projections of attention, in order."""
-    from torch import nn
-    from torch.nn.modules.conv import _ConvNd
-
-    return (m for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd, nn.MultiheadAttention)))
+    warmup: float = 0.0
 
 
 def _each_layer(fill: Callable[[torch.Tensor, int, str, torch.Generator], object]) -> TorchInit:
@@ -53,6 +93,8 @@ def _each_layer(fill: Callable[[torch.Tensor, int, str, torch.Generator], object
 
     def initialise(model: nn.Module, activation: str, generator: torch.Generator) -> None:
         from torch import nn
+
+        from hessinit.experiments.rivals import layers_of
 
         for k, layer in enumerate(layers_of(model)):
             for parameter in layer.parameters(recurse=False):
@@ -134,18 +176,81 @@ def _keras_closed_form(k: int, activation: str, depth: int, seed: int) -> Any:
     return HessianOrthogonal(activation, depth=depth, seed=seed + k)
 
 
+def _budget(model: Any, fit: Fit) -> None:
+    import hessinit
+
+    hessinit.init_(
+        model, (fit.x, fit.y), fit.loss, optimizer=fit.optimizer, seed=fit.seed, progress=False, **fit.options
+    )
+
+
+def _lsuv(model: nn.Module, fit: Fit) -> None:
+    from hessinit.experiments import rivals
+
+    rivals.lsuv_(model, fit.batch()[0], **fit.options)
+
+
+def _lsuv_package(model: nn.Module, fit: Fit) -> None:
+    from hessinit.experiments import rivals
+
+    rivals.lsuv_package_(model, fit.batch()[0], fit.seed, **fit.options)
+
+
+def _autoinit(model: nn.Module, fit: Fit) -> None:
+    from hessinit.experiments import rivals
+
+    rivals.autoinit_(model, fit.batch()[0], fit.generator, **fit.options)
+
+
+def _balanced(model: nn.Module, fit: Fit) -> None:
+    from hessinit.experiments import rivals
+
+    assert fit.loss is not None  # PyTorch's alone
+    rivals.balanced_(model, fit.batch(), fit.loss, fit.seed, **fit.options)
+
+
+def _gradinit(model: nn.Module, fit: Fit) -> None:
+    from hessinit.experiments import learned
+
+    assert fit.criterion is not None
+    adam = fit.optimizer_name.startswith("adam")
+    learned.gradinit_(model, fit.x, fit.y, fit.criterion, lr=fit.lr, adam=adam, generator=fit.generator, **fit.options)
+
+
+def _metainit(model: nn.Module, fit: Fit) -> None:
+    from hessinit.experiments import learned
+
+    assert fit.criterion is not None
+    learned.metainit_(model, fit.x, fit.y, fit.criterion, generator=fit.generator, **fit.options)
+
+
+def _then(draw: TorchInit, change: str) -> TorchInit:
+    """A draw, then a function of ``hessinit.experiments.rivals`` that needs no data."""
+
+    def initialise(model: nn.Module, activation: str, generator: torch.Generator) -> None:
+        from hessinit.experiments import rivals
+
+        draw(model, activation, generator)
+        getattr(rivals, change)(model)
+
+    return initialise
+
+
 HE = "He et al., ICCV 2015"
 GLOROT = "Glorot & Bengio, AISTATS 2010"
 SAXE = "Saxe, McClelland, Ganguli, ICLR 2014"
+
+MISHKIN = "Mishkin & Matas, ICLR 2016"
+
+_he = _torch_init("kaiming_normal_", nonlinearity="relu")
+_orthogonal = _torch_init("orthogonal_")
 
 INITIALIZERS: dict[str, Initializer] = {
     "torch_default": Initializer("torch default", "nn.Linear", _torch_default, None),
     "keras_default": Initializer(
         "Keras default", "Dense", _torch_init("xavier_uniform_"), _keras_init("GlorotUniform")
     ),
-    "he_normal": Initializer(
-        "He normal", HE, _torch_init("kaiming_normal_", nonlinearity="relu"), _keras_init("HeNormal")
-    ),
+    "he_normal": Initializer("He normal", HE, _he, _keras_init("HeNormal")),
     "he_uniform": Initializer(
         "He uniform", HE, _torch_init("kaiming_uniform_", nonlinearity="relu"), _keras_init("HeUniform")
     ),
@@ -154,19 +259,28 @@ INITIALIZERS: dict[str, Initializer] = {
         "Glorot uniform", GLOROT, _torch_init("xavier_uniform_"), _keras_init("GlorotUniform")
     ),
     "lecun_normal": Initializer("LeCun normal", "LeCun et al., 1998", _each_layer(_lecun), _keras_init("LecunNormal")),
-    "orthogonal": Initializer("orthogonal", SAXE, _torch_init("orthogonal_"), _keras_init("Orthogonal")),
+    "orthogonal": Initializer("orthogonal", SAXE, _orthogonal, _keras_init("Orthogonal")),
     "orthogonal_gain": Initializer(
         "orthogonal, torch's gain", SAXE, _each_layer(_orthogonal_gain), _keras_orthogonal_gain
     ),
     "slides": Initializer("slides' 0.3", "Skorski, 2021", _each_layer(_slides), _keras_slides),
+    "he_warmup": Initializer("He normal, warm-up", "Goyal et al., 2017", _he, _keras_init("HeNormal"), warmup=0.1),
+    "zero_output": Initializer("He, zero output", "folklore", _then(_he, "zero_output_"), None),
+    "lsuv": Initializer("LSUV", MISHKIN, _orthogonal, None, _lsuv),
+    "lsuv_package": Initializer("LSUV, lsuv package", MISHKIN, _orthogonal, None, _lsuv_package),
+    "gradinit": Initializer("GradInit", "Zhu et al., NeurIPS 2021", _he, None, _gradinit),
+    "metainit": Initializer("MetaInit", "Dauphin & Schoenholz, NeurIPS 2019", _he, None, _metainit),
+    "autoinit": Initializer("AutoInit", "Bingham & Miikkulainen, AAAI 2023", _he, None, _autoinit),
+    "fixup": Initializer("Fixup", "Zhang, Dauphin, Ma, ICLR 2019", _then(_he, "fixup_"), None),
+    "balanced": Initializer("closed form, balanced", "this package", _closed_form, None, _balanced),
     "closed_form": Initializer("closed form", "this package", _closed_form, _keras_closed_form),
-    "budget": Initializer("budget", "this package", _closed_form, _keras_closed_form, fits_step=True),
+    "budget": Initializer("budget", "this package", _closed_form, _keras_closed_form, _budget),
     "budget_unpaired": Initializer(
         "budget, no pairs",
         "this package",
         _closed_form,
         _keras_closed_form,
-        fits_step=True,
+        _budget,
         options={"mirrored": False},
     ),
 }

@@ -44,8 +44,8 @@ class Plan:
         optimizer: one of ``OPTIMIZERS``.
         framework: one of ``FRAMEWORKS``.
         validation: train samples kept back from every run, the last ones.
-        redraws: of the initial weights of each row, for κ; 0 for none. A row that fits the step has no weights without
-            one, and no κ.
+        redraws: of the initial weights of each row, for κ; 0 for none. A row that is fitted has no weights without the
+            run's data and step, and no κ.
 
     Raises:
         ValueError: an unknown name, a learning rate or a count that is not positive, negative redraws, an activation
@@ -107,7 +107,7 @@ class Plan:
 
     def draws(self, dataset: str) -> Iterator[Redraw]:
         """Every redraw, row by row."""
-        rows = [row for row in self.rows if not INITIALIZERS[row[0]].fits_step]
+        rows = [row for row in self.rows if INITIALIZERS[row[0]].fit is None]
         for (initializer, activation), seed in itertools.product(rows, range(self.redraws)):
             yield Redraw(self.problem, self.framework, dataset, initializer, activation, seed)
 

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def train(run: Run, data: Dataset, **calibration: Any) -> Result:
     Args:
         run: what to train.
         data: on what.
-        calibration: keywords of :func:`hessinit.init_` for an initializer that fits the step.
+        calibration: keywords of the fit, of an initializer that has one; of :func:`hessinit.init_` for the budget.
     """
     kept, held = data.split(run.validation)
     return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, kept, held, calibration)
@@ -126,6 +126,31 @@ def _orders(run: Run, samples: int) -> list[np.ndarray[Any, Any]]:
     return [rng.permutation(samples) for _ in range(run.epochs)]
 
 
+def _fit(
+    run: Run,
+    model: Any,
+    x: Any,
+    y: Any,
+    calibration: dict[str, Any],
+    loss: str | None = None,
+    criterion: Callable[[Any, Any], Any] | None = None,
+    optimizer: Any = None,
+) -> None:
+    """Fits the model, if the initializer does so."""
+    initializer = baselines.INITIALIZERS[run.initializer]
+    if initializer.fit is not None:
+        options = {**initializer.options, **calibration}
+        told = baselines.Fit(x, y, loss, criterion, optimizer, run.optimizer, run.lr, run.batch_size, run.seed, options)
+        initializer.fit(model, told)
+
+
+def _ramp(run: Run, samples: int) -> Callable[[int], float]:
+    """The learning rate's factor at a step, counted from zero."""
+    steps = run.epochs * math.ceil(samples / run.batch_size)
+    ramp = max(1, round(baselines.INITIALIZERS[run.initializer].warmup * steps))
+    return lambda step: min(1.0, (step + 1) / ramp)
+
+
 def _summary(losses: np.ndarray[Any, Any], run: Run, samples: int) -> tuple[float, tuple[tuple[int, float], ...]]:
     """Loss of the last fifth of the last epoch, and the curve, from one loss a step."""
     per_epoch = math.ceil(samples / run.batch_size)
@@ -139,9 +164,8 @@ def _train_torch(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
     import torch
     from torch.nn.functional import cross_entropy, mse_loss
 
-    import hessinit
-
-    for module in ("hessinit.model", "hessinit.networks.torch"):
+    own = ("model", "networks.torch", "experiments.rivals", "experiments.learned")
+    for module in ("torch._dynamo", *(f"hessinit.{name}" for name in own)):
         importlib.import_module(module)  # so that the first run's init_seconds hold no import
     x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
 
@@ -154,9 +178,8 @@ def _train_torch(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
         start = time.perf_counter()
         model = torch_net(run.problem, data, run.initializer, run.activation, run.seed)
         optimizer = _torch_optimizer(run, model)
-        if baselines.INITIALIZERS[run.initializer].fits_step:
-            options = {**baselines.INITIALIZERS[run.initializer].options, **calibration}
-            hessinit.init_(model, (x, y), data.loss, optimizer=optimizer, seed=run.seed, progress=False, **options)
+        _fit(run, model, x, y, calibration, data.loss, loss_of, optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _ramp(run, len(x)))
         init_seconds = time.perf_counter() - start
         steps = []
         status = "ok"
@@ -166,6 +189,7 @@ def _train_torch(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
                 loss = loss_of(model(x[batch]), y[batch])
                 loss.backward()
                 optimizer.step()
+                schedule.step()
                 steps.append(loss.detach())
             if not torch.stack(steps).isfinite().all():
                 status = f"diverged at step {int(torch.stack(steps).isfinite().long().argmin()) + 1}"
@@ -218,13 +242,15 @@ def _train_keras(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
     os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
 
-    import hessinit
-
     class Losses(keras.callbacks.Callback):
-        """One loss a step, from Keras's running mean over the epoch."""
+        """One loss a step, from Keras's running mean over the epoch; and the learning rate of the next."""
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
             self.total = 0.0
+
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            if initializer.warmup:
+                self.model.optimizer.learning_rate = run.lr * factor(len(steps))
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             total = float(logs["loss"]) * min((batch + 1) * run.batch_size, len(data.x_train))
@@ -236,7 +262,7 @@ def _train_keras(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
 
     steps: list[float] = []
     sizes = models.PROBLEMS[run.problem].widths(data)
-    initializer = baselines.INITIALIZERS[run.initializer]
+    initializer, factor = baselines.INITIALIZERS[run.initializer], _ramp(run, len(data.x_train))
     make = initializer.keras
     assert make is not None  # checked when the sweep is planned
     start = time.perf_counter()
@@ -249,9 +275,7 @@ def _train_keras(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
     else:
         loss, metric = keras.losses.SparseCategoricalCrossentropy(from_logits=True), "accuracy"
     model.compile(_keras_optimizer(run), loss, metrics=[metric])
-    if initializer.fits_step:
-        options = {**initializer.options, **calibration}
-        hessinit.init_(model, (data.x_train, data.y_train), seed=run.seed, progress=False, **options)
+    _fit(run, model, data.x_train, data.y_train, calibration)
     init_seconds = time.perf_counter() - start
     recorder = Losses()
     status = "ok"
