@@ -30,7 +30,12 @@ app = typer.Typer(
 def compare(
     initializers: Annotated[
         str | None,
-        typer.Option(help="Comma-separated names; default: the rows of the slides' Figure 4 and the closed form."),
+        typer.Option(
+            help="Comma-separated names, of torch_default, keras_default, he_normal, he_uniform, glorot_normal, "
+            "glorot_uniform, lecun_normal, orthogonal, orthogonal_gain, slides, he_warmup, zero_output, lsuv, "
+            "lsuv_package, gradinit, metainit, autoinit, fixup, balanced, closed_form, budget and budget_unpaired; "
+            "default: the rows of the slides' Figure 4, the closed form and the budget."
+        ),
     ] = None,
     activation: Annotated[str | None, typer.Option(help="relu, tanh, gelu or silu, comma-separated.")] = None,
     problem: Annotated[

@@ -335,8 +335,9 @@ def balanced_(
         best, lowest = logs, spread
         if spread < tol:
             break
-        logs = (logs + off / 2).clip(-math.log(MAX_FACTOR), math.log(MAX_FACTOR))
-        logs -= logs.mean()
+        logs = logs + off / 2
+        # The sum of the logarithms stays at zero, as it would not by clipping them.
+        logs *= min(1.0, math.log(MAX_FACTOR) / np.abs(logs).max())
         _scale(model, drawn, logs)
     _scale(model, drawn, best)
 

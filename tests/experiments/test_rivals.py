@@ -148,6 +148,22 @@ def test_gradinit_lowers_the_loss_after_a_step_within_its_bound(adam, lr):
         assert scale >= 0.01 - 1e-6
 
 
+@pytest.mark.parametrize(("adam", "lr"), [(False, 0.1), (True, 1e-3)])
+def test_gradinit_lowers_a_norm_above_its_bound_even_at_the_cost_of_loss(adam, lr):
+    """Of a net trained for ten steps, whose loss would fall as its norm grew."""
+    net, (x, y) = drawn("mlp"), (X[:128], Y[:128])
+    optimizer, options = torch.optim.SGD(net.parameters(), 0.1), {"adam": adam, "lr": lr, "steps": 40, "scale_lr": 0.02}
+    for _ in range(10):
+        optimizer.zero_grad()
+        cross_entropy(net(x), y).backward()
+        optimizer.step()
+    loss, norm = after_a_step(net, x, y, lr, adam)
+    learned.gradinit_(net, x, y, cross_entropy, gamma=0.7 * norm, generator=generator(), **options)
+    after, lower = after_a_step(net, x, y, lr, adam)
+    assert lower <= 0.7 * norm * (1 + 1e-5)
+    assert after > loss
+
+
 def test_gradinit_is_for_the_step_that_it_is_told():
     """Of two nets fitted for a small and a large step each is the better one after its own."""
     x, y = X[:128], Y[:128]
@@ -323,6 +339,17 @@ def test_balanced_layers_have_equal_curvatures_and_the_same_product_of_scales(pr
     assert before.max() > 2 * before.min()
     assert traces() == pytest.approx(traces().mean(), rel=0.01)
     assert product() == pytest.approx(logs, abs=1e-4)
+
+
+def test_balancing_keeps_factors_within_four_and_their_product_at_one():
+    net = drawn("mlp", "closed_form")
+    with torch.no_grad():
+        net[0].weight *= 1e-4
+    start = [p.norm().item() for p in net.parameters() if p.ndim > 1]
+    rivals.balanced_(net, (X[:16], Y[:16]), "cross_entropy", 0)
+    factors = [p.norm().item() / one for p, one in zip([p for p in net.parameters() if p.ndim > 1], start, strict=True)]
+    assert max(max(factors), 1 / min(factors)) == pytest.approx(4, rel=1e-4)
+    assert math.prod(factors) == pytest.approx(1, rel=1e-4)
 
 
 def test_balancing_leaves_a_net_no_worse():
