@@ -31,41 +31,47 @@ def calibrated(model, x, y, **options):
     return {"weights": result(model), "samples": report.calibration.samples}
 
 
-def main(case, rank, size, path):
+CASES = (
+    *("plain", "replicated", "seedless", "closed form", "sharded", "sharded, budget"),
+    *("bad labels", "no samples", "bad argument", "plain after errors"),
+)
+
+
+def main(rank, size, path):
     dist.init_process_group(
         "gloo", init_method=f"file://{path}/store", rank=rank, world_size=size, timeout=timedelta(seconds=30)
     )
-    torch.manual_seed(rank)  # processes need not agree
-    model, (x, y), group = net(), data(), dist.group.WORLD
-    x, y = x[rank::size], y[rank::size]
-    before = result(model)
-    try:
-        if case == "plain":
-            said = calibrated(model, x, y, process_group=group, seed=0)
-        elif case == "seedless":
-            said = calibrated(model, x, y, process_group=group)
-        elif case == "replicated":
-            said = calibrated(nn.parallel.DistributedDataParallel(model), x, y, seed=0)
-        elif case == "closed form":
-            said = {"weights": result(hessinit.init_(model, x, seed=0, process_group=group))}
-        elif case == "sharded":
-            fully_shard(model)
-            said = {"weights": result(hessinit.init_(model, seed=0))}
-        elif case == "sharded, budget":
-            fully_shard(model)
-            said = calibrated(model, x, y, process_group=group, seed=0)
-        else:
-            y = y + 4 if case == "bad labels" and rank == 1 else y
-            x = x[:0] if case == "no samples" and rank == 1 else x
-            options = {"max_scale": 0.5} if case == "bad argument" and rank == 1 else {}
-            said = calibrated(model, x, y, process_group=group, seed=0, **options)
-    except Exception as error:
-        said = {"error": f"{type(error).__name__}: {error}", "whole": result(model) == before}
+    said = {case: outcome(case, rank, size) for case in CASES}
     with open(f"{path}/{rank}.json", "w") as file:
         json.dump(said, file)
     dist.barrier()  # none leaves, and ends the connections of others, before all are done
     dist.destroy_process_group()
 
 
+def outcome(case, rank, size):
+    torch.manual_seed(rank)  # processes need not agree
+    model, (x, y), group = net(), data(), dist.group.WORLD
+    x, y = x[rank::size], y[rank::size]
+    before = result(model)
+    try:
+        if case == "seedless":
+            return calibrated(model, x, y, process_group=group)
+        if case == "replicated":
+            return calibrated(nn.parallel.DistributedDataParallel(model), x, y, seed=0)
+        if case == "closed form":
+            return {"weights": result(hessinit.init_(model, x, seed=0, process_group=group))}
+        if case == "sharded":
+            fully_shard(model)
+            return {"weights": result(hessinit.init_(model, seed=0))}
+        if case == "sharded, budget":
+            fully_shard(model)
+        y = y + 4 if case == "bad labels" and rank == 1 else y
+        x = x[:0] if case == "no samples" and rank == 1 else x
+        options = {"max_scale": 0.5} if case == "bad argument" and rank == 1 else {}
+        return calibrated(model, x, y, process_group=group, seed=0, **options)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "whole": result(model) == before}
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,8 +1,10 @@
 """Several processes that share a batch, on real ``torch.distributed`` (gloo)."""
 
+import functools
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import distributed
@@ -15,12 +17,21 @@ import hessinit
 SCRIPT = Path(__file__).with_name("distributed.py")
 
 
-def together(case, size, path):
-    """What each of some processes said."""
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), case]
-    running = [subprocess.Popen([*command, str(rank), str(size), str(path)]) for rank in range(size)]
-    assert [process.wait(timeout=120) for process in running] == [0] * size
-    return [json.loads((path / f"{rank}.json").read_text()) for rank in range(size)]
+SIZES = (2, 4)
+
+
+@functools.cache
+def everything(size):
+    """What each of some processes said, of every case, one after another in the same group."""
+    with tempfile.TemporaryDirectory() as path:
+        command = [sys.executable, "-W", "ignore", str(SCRIPT)]
+        running = [subprocess.Popen([*command, str(rank), str(size), path]) for rank in range(size)]
+        assert [process.wait(timeout=240) for process in running] == [0] * size
+        return [json.loads((Path(path) / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def together(case, size):
+    return [said[case] for said in everything(size)]
 
 
 def alone(batch=None, *args, **options):
@@ -32,10 +43,10 @@ def scales(said):
     return [np.sqrt(np.mean(np.square(w))) for w in said if np.any(w)]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("case", ["plain", "replicated"])
-def test_processes_end_with_the_same_weights_and_measure_all_shares(case, size, tmp_path):
-    said = together(case, size, tmp_path)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", ["plain", "replicated", "plain after errors"])
+def test_processes_end_with_the_same_weights_and_measure_all_shares(case, size):
+    said = together(case, size)
     assert all(one == said[0] for one in said)
     assert said[0]["samples"] == 256
     whole = alone(distributed.data(), "cross_entropy", lr=0.1)
@@ -45,27 +56,30 @@ def test_processes_end_with_the_same_weights_and_measure_all_shares(case, size, 
             assert np.corrcoef(ours, theirs)[0, 1] == pytest.approx(1, abs=1e-6)  # the same draw
 
 
-def test_without_a_seed_the_first_process_decides(tmp_path):
-    said = together("seedless", 2, tmp_path)
-    assert said[0] == said[1]
+@pytest.mark.parametrize("size", SIZES)
+def test_without_a_seed_the_first_process_decides(size):
+    said = together("seedless", size)
+    assert all(one == said[0] for one in said)
 
 
-def test_the_closed_form_takes_the_scale_of_all_inputs(tmp_path):
-    said = together("closed form", 2, tmp_path)
-    assert said[0] == said[1]
+@pytest.mark.parametrize("size", SIZES)
+def test_the_closed_form_takes_the_scale_of_all_inputs(size):
+    said = together("closed form", size)
+    assert all(one == said[0] for one in said)
     x, _ = distributed.data()
     for ours, theirs in zip(said[0]["weights"], alone(x), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_sharded_models_get_the_weights_of_one_process(size, tmp_path):
-    said = together("sharded", size, tmp_path)
+@pytest.mark.parametrize("size", SIZES)
+def test_sharded_models_get_the_weights_of_one_process(size):
+    said = together("sharded", size)
     assert all(one["weights"] == alone() for one in said)
 
 
-def test_the_budget_of_a_sharded_model_is_one_clear_error(tmp_path):
-    for one in together("sharded, budget", 2, tmp_path):
+@pytest.mark.parametrize("size", SIZES)
+def test_the_budget_of_a_sharded_model_is_one_clear_error(size):
+    for one in together("sharded, budget", size):
         assert one["error"].startswith("ValueError: init_: model must not be sharded")
         assert "before fully_shard" in one["error"]
 
@@ -78,13 +92,13 @@ def test_the_budget_of_a_sharded_model_is_one_clear_error(tmp_path):
         ("bad argument", "max_scale must be at least 1"),
     ],
 )
-def test_a_process_that_fails_makes_all_fail_with_its_message(case, text, tmp_path):
-    here, there = together(case, 2, tmp_path)
-    assert text in there["error"]
-    assert text in here["error"]
-    assert "process 1 of 2" in here["error"]
-    assert here["whole"]
-    assert there["whole"]
+@pytest.mark.parametrize("size", SIZES)
+def test_a_process_that_fails_makes_all_fail_with_its_message(case, text, size):
+    said = together(case, size)
+    for rank, one in enumerate(said):
+        assert text in one["error"]
+        assert rank == 1 or f"process 1 of {size}" in one["error"]
+        assert one["whole"]
 
 
 def test_wrappers_do_not_change_the_draw():
