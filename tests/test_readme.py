@@ -31,13 +31,13 @@ def test_its_python_prints_something():
     assert any("print(" in block for block in PYTHON)
 
 
-@pytest.mark.parametrize("command", ["compare", "inspect"])
+@pytest.mark.parametrize("command", ["compare", "figures", "inspect"])
 def test_its_options_are_those_of_the_command(command):
     import typer
 
     from hessinit.experiments.cli import app
 
-    listed = re.search(rf"hessinit {command}  (.*)", README)[1].split()
+    listed = re.search(rf"hessinit {command}  (.*(\n {{10,}}.*)*)", README)[1].split()
     options = [option for one in typer.main.get_command(app).commands[command].params for option in one.opts]
     assert {option for option in listed if option.startswith("--")} == {o for o in options if o.startswith("--")}
 

@@ -1,4 +1,4 @@
-"""The command line: ``hessinit compare`` and ``hessinit inspect``."""
+"""The command line: ``hessinit compare``, ``hessinit figures`` and ``hessinit inspect``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import itertools
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,8 +42,8 @@ def compare(
     problem: Annotated[
         str,
         typer.Option(
-            help="mlp (784-128-84-10), mlp6, mlp12, mlp30, mlp50, mlp_wide, lenet, resnet_bn, resnet, vit, "
-            "charlm, digits or friedman; comma-separated."
+            help="mlp (784-128-84-10), mlp2, mlp6, mlp12, mlp30, mlp50, mlp100, mlp_wide, lenet, resnet_bn, resnet, "
+            "vit, charlm, digits or friedman; comma-separated."
         ),
     ] = "mlp",
     optimizer: Annotated[str, typer.Option(help="sgd, momentum (0.9), adam or adamw; comma-separated.")] = "sgd",
@@ -151,7 +152,7 @@ def _compare(plan: Plan, dataset: str, store: Store, jobs: int, picture: Path, c
     title = f"{problem.title} on {loaded.name}, {plan.optimizer}, {plan.framework}"
     console.print(title, highlight=False)
     console.print(_table(summaries(store.rows_for(runs)), medians(kappas)))
-    plots.comparison(store.points_for(runs), kappas, picture, title)
+    plots.comparison(store.points_for(runs), kappas, title).savefig(picture, dpi=120)
     names = ["runs.csv", "curves.csv", *(["curvature.csv"] if plan.redraws else []), picture.name]
     console.print(f"Wrote {', '.join(names)} to {store.folder}", highlight=False)
 
@@ -184,6 +185,29 @@ def _table(lines: list[Summary], kappas: Mapping[tuple[str, str], Sequence[float
             f"{line.seeds - line.diverged} of {line.seeds}" if line.diverged else str(line.seeds),
         )
     return table
+
+
+@app.command()
+def figures(
+    names: Annotated[list[str] | None, typer.Argument(help="Of scripts, such as fig3_error; default: all.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Make the tables anew first: hours for all.")] = False,
+    folder: Annotated[Path, typer.Option(help="The folder paper_figures of a checkout.")] = Path("paper_figures"),
+) -> None:
+    """Draws the figures of the papers and of the README from their tables, a PNG and a PDF each.
+
+    A stopped --recompute, given again, goes on where it was for the tables of training runs.
+    """
+    scripts = {path.stem: path for path in sorted(folder.glob("fig*.py"))}
+    if not scripts:
+        raise ValueError(f"figures: folder must be paper_figures of a checkout; got {str(folder)!r}.")
+    for name in names or scripts:
+        if name not in scripts:
+            raise ValueError(f"figures: names must be of {', '.join(scripts)}; got {name!r}.")
+    for name in names or scripts:
+        print(name, flush=True)
+        done = subprocess.run([sys.executable, scripts[name], *(["--recompute"] if recompute else [])], check=False)
+        if done.returncode:
+            raise ValueError(f"figures: {name} failed with exit code {done.returncode}.")
 
 
 @app.command()

@@ -239,10 +239,7 @@ def _character_model(data: Dataset, activation: str) -> nn.Module:
 TRANSFORMER = ("gelu", "relu")
 PROBLEMS = {
     "mlp": Problem("784-128-84-10", (128, 84)),  # the slides' case study
-    "mlp6": Problem("MLP of 6 layers, width 128", (128,) * 5),
-    "mlp12": Problem("MLP of 12 layers, width 128", (128,) * 11),
-    "mlp30": Problem("MLP of 30 layers, width 128", (128,) * 29),
-    "mlp50": Problem("MLP of 50 layers, width 128", (128,) * 49),
+    **{f"mlp{n}": Problem(f"MLP of {n} layers, width 128", (128,) * (n - 1)) for n in (2, 6, 12, 30, 50, 100)},
     "mlp_wide": Problem("784-512-512-10", (512, 512)),
     "lenet": Problem("LeNet-5", net=_images(torch_lenet)),
     "resnet_bn": Problem("ResNet-8, batch norm", net=_images(lambda activation: torch_resnet(16, 2, True, activation))),

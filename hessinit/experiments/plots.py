@@ -82,14 +82,13 @@ def rates(axes: Axes, line: DataFrame, name: str) -> None:
     )
 
 
-def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]], path: Path, title: str = "") -> None:
+def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]], title: str = "") -> Figure:
     """The slides' Figure 4: a row an initializer and activation; the densities of κ, and the train loss.
 
     Args:
         points: rows of ``curves.csv``. A column a learning rate has the mean and the band over seeds, with the means of
             the other initializers in grey.
         kappas: rows of ``curvature.csv``, whose column comes first; without any there is none.
-        path: of the PNG.
         title: of the picture.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -131,7 +130,7 @@ def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]
     if kappas:
         axes[0, 0].legend(frameon=False, fontsize="small")
     made.suptitle(title)
-    made.savefig(path, dpi=120)
+    return made
 
 
 def _densities(axes: Axes, kappas: Sequence[dict[str, str]], colour: str) -> None:
