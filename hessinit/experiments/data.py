@@ -61,7 +61,7 @@ class Dataset:
         return "mse" if np.issubdtype(self.y_train.dtype, np.floating) else "cross_entropy"
 
     def split(self, validation: int) -> tuple[Dataset, Samples]:
-        """Without the last train samples, of this number, and these.
+        """Without some train samples, of this number, and these: drawn once, whatever the run's seed.
 
         Raises:
             ValueError: none would be left.
@@ -71,8 +71,10 @@ class Dataset:
             raise ValueError(
                 f"compare: validation must leave samples to train on; got {validation} of {len(self.x_train)}."
             )
-        kept = replace(self, x_train=self.x_train[:left], y_train=self.y_train[:left])
-        return kept, (self.x_train[left:], self.y_train[left:])
+        order = np.random.default_rng(0).permutation(len(self.x_train))
+        kept, held = np.sort(order[:left]), np.sort(order[left:])
+        rest = replace(self, x_train=self.x_train[kept], y_train=self.y_train[kept])
+        return rest, (self.x_train[held], self.y_train[held])
 
 
 def load(name: str = "auto") -> Dataset:

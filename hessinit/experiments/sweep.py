@@ -43,7 +43,7 @@ class Plan:
         problem: a key of ``models.PROBLEMS``.
         optimizer: one of ``OPTIMIZERS``.
         framework: one of ``FRAMEWORKS``.
-        validation: train samples kept back from every run, the last ones.
+        validation: train samples kept back from every run, the same ones.
         redraws: of the initial weights of each row, for κ; 0 for none. A row that is fitted has no weights without the
             run's data and step, and no κ.
 

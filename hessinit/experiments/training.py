@@ -24,7 +24,7 @@ EVERY = 20  # steps between points of a curve; a point is the mean loss of the b
 class Run:
     """What is trained. Two equal runs give equal results on one machine.
 
-    ``validation`` samples, the last of the train set, are kept back.
+    ``validation`` samples of the train set, the same for every seed, are kept back.
     """
 
     problem: str
@@ -51,7 +51,8 @@ class Result:
         test_accuracy: after training: share of right labels, or of the targets' variance that is explained.
         init_seconds: time of building and initialising the net, part of ``seconds``.
         seconds: initialization and training.
-        status: "ok", or "diverged at step N"; training stops there, or at the end of that epoch.
+        status: "ok", or "diverged at step N"; training stops there, or at the end of that epoch. Or "failed: " and the
+            error.
         curve: (step, mean loss since the last point).
     """
 
@@ -90,7 +91,11 @@ def train(run: Run, data: Dataset, **calibration: Any) -> Result:
         calibration: keywords of the fit, of an initializer that has one; of :func:`hessinit.init_` for the budget.
     """
     kept, held = data.split(run.validation)
-    return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, kept, held, calibration)
+    try:
+        return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, kept, held, calibration)
+    except Exception as error:  # as of a method that is not for this net, or a package that is not installed
+        nothing = [math.nan] * 6
+        return Result(*nothing, status=f"failed: {type(error).__name__}: {error}".splitlines()[0], curve=())
 
 
 def torch_net(problem: str, data: Dataset, initializer: str, activation: str, seed: int) -> Any:

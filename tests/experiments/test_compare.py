@@ -173,6 +173,16 @@ def test_a_diverged_run_is_a_row(framework):
     assert math.isnan(result.last_fifth_loss)
 
 
+def test_a_run_that_cannot_be_made_is_a_row(tmp_path):
+    plan = Plan(rows=[("fixup", "relu"), ("he_normal", "relu")], seeds=1, epochs=1)
+    runs = sweep.sweep(plan, FIRST, Store(tmp_path))
+    rows = Store(tmp_path).rows_for(runs)
+    assert rows[0]["status"].startswith("failed: ValueError: fixup_: model must have residual blocks")
+    assert rows[0]["train_loss"] == "nan"
+    assert rows[1]["status"] == "ok"
+    assert [line.diverged for line in summaries(rows)] == [1, 0]
+
+
 def test_the_store_resumes_and_drops_curves_without_a_row(tmp_path):
     plan = Plan(rows=[("he_normal", "relu"), ("closed_form", "tanh")], seeds=2, epochs=3)
     seen = []
@@ -215,12 +225,16 @@ def test_a_line_cut_short_is_made_again(tmp_path):
 @pytest.mark.parametrize("framework", sweep.FRAMEWORKS)
 def test_samples_kept_back_are_not_trained_on_and_have_a_loss(framework):
     result = training.train(run(framework=framework, validation=128), FIRST)
-    few = replace(FIRST, x_train=FIRST.x_train[:512], y_train=FIRST.y_train[:512])
+    few, held = FIRST.split(128)
+    assert len(few.x_train) == 512
+    assert {row.tobytes() for row in few.x_train}.isdisjoint(row.tobytes() for row in held[0])
     without = training.train(run(framework=framework), few)
     assert result.train_loss == without.train_loss
     assert math.isnan(without.validation_loss)
-    last = replace(FIRST, x_test=FIRST.x_train[512:], y_test=FIRST.y_train[512:])
-    assert training.train(run(framework=framework, validation=128), last).validation_loss == result.validation_loss
+    alike = data.Dataset("alike", "here", np.ones((9, 4), np.float32), np.zeros(9, int), few.x_test, few.y_test)
+    alike = replace(alike, x_test=alike.x_train, y_test=alike.y_train)
+    found = training.train(run(framework=framework, validation=4), alike)
+    assert found.validation_loss == pytest.approx(found.train_loss, rel=1e-5)
     assert result.train_loss < result.validation_loss < 2.3
     with pytest.raises(ValueError, match="validation must leave samples to train on; got 640 of 640"):
         training.train(run(validation=640), FIRST)
