@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 
 import hessinit
 from hessinit import curvature, rules
-from hessinit.experiments import data, kappa, models, plots, sweep, training
+from hessinit.experiments import cli, data, kappa, models, plots, sweep, training
 from hessinit.experiments.baselines import DEFAULT_ROWS, INITIALIZERS
 from hessinit.experiments.sweep import Plan, Store, summaries
 
@@ -376,7 +377,22 @@ def test_the_picture_has_a_line_for_each_row(tmp_path, monkeypatch):
     assert list(bar.get_xdata()) == [3, 3]
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The command in this process: its exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hessinit", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code or 0, stdout=printed.out, stderr=printed.err)
+
+    return run
+
+
 def command(*arguments, **keywords):
+    """The command in a process of its own."""
     code = "from hessinit.experiments.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, **keywords
@@ -389,8 +405,8 @@ SHORT = (
 )
 
 
-def test_the_command_prints_a_table_and_writes_four_files(tmp_path):
-    done = command(*SHORT, "--seeds", "2", "--lr", "0.01,0.1", "--out", str(tmp_path / "a" / "b"))
+def test_the_command_prints_a_table_and_writes_four_files(here, tmp_path):
+    done = here(*SHORT, "--seeds", "2", "--lr", "0.01,0.1", "--out", str(tmp_path / "a" / "b"))
     assert done.returncode == 0, done.stderr
     assert "fashion_mnist_mini from the package: 6,000 train" in done.stdout
     assert "closed form, relu" in done.stdout
@@ -413,13 +429,13 @@ def test_the_command_prints_a_table_and_writes_four_files(tmp_path):
     assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == files
 
 
-def test_the_command_without_redraws_measures_none_and_with_them_trains_nothing_again(tmp_path):
-    done = command(*SHORT, "--seeds", "1", "--redraws", "0", "--out", str(tmp_path))
+def test_the_command_without_redraws_measures_none_and_with_them_trains_nothing_again(here, tmp_path):
+    done = here(*SHORT, "--seeds", "1", "--redraws", "0", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "κ" not in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.csv", "curves.png", "runs.csv"]
     runs, picture = (tmp_path / "runs.csv").read_text(), (tmp_path / "curves.png").read_bytes()
-    done = command(*SHORT, "--seeds", "1", "--out", str(tmp_path))
+    done = here(*SHORT, "--seeds", "1", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "κ per layer" in done.stdout
     assert (tmp_path / "runs.csv").read_text() == runs
@@ -427,10 +443,10 @@ def test_the_command_without_redraws_measures_none_and_with_them_trains_nothing_
     assert len(Store(tmp_path).kappas) == 2 * 3 * 3
 
 
-def test_several_problems_and_optimizers_in_one_command(tmp_path):
+def test_several_problems_and_optimizers_in_one_command(here, tmp_path):
     some = ("compare", "--dataset", "digits", "--redraws", "0", "--epochs", "1", "--seeds", "1", "--lr", "0.01")
     names = ("--problem", "digits,mlp6", "--optimizer", "momentum,adam", "--initializers", "he_normal,budget")
-    done = command(*some, *names, "--validation", "200", "--out", str(tmp_path))
+    done = here(*some, *names, "--validation", "200", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     rows = Store(tmp_path).rows
     assert {(row["problem"], row["optimizer"]) for row in rows} == set(
@@ -489,8 +505,9 @@ def test_keras_default_rows_run_through_the_command(tmp_path):
         (["--nope"], "--nope"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_two(tmp_path, arguments, message):
-    done = command("compare", *arguments, cwd=tmp_path)
+def test_bad_input_is_one_line_and_exit_code_two(here, tmp_path, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = here("compare", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("hessinit: ")
     assert done.stderr.count("\n") == 1
@@ -498,19 +515,19 @@ def test_bad_input_is_one_line_and_exit_code_two(tmp_path, arguments, message):
     assert not list(tmp_path.rglob("*.csv"))
 
 
-def test_bad_data_is_one_line_and_exit_code_two(tmp_path):
+def test_bad_data_is_one_line_and_exit_code_two(here, tmp_path):
     raw = dict(zip(("x_train", "y_train", "x_test", "y_test"), data.read_npz(data.MINI), strict=True))
     np.savez(tmp_path / "nan.npz", **{**raw, "x_train": np.full((6000, 784), np.nan)})
     np.savez(tmp_path / "labels.npz", **{**raw, "y_train": raw["y_train"] + 5})
     for name, message in (("nan", "must be finite"), ("labels", "must be integers 0 … 9")):
-        done = command("compare", "--dataset", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "out"))
+        done = here("compare", "--dataset", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "out"))
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert message in done.stderr
 
 
-def test_a_folder_of_other_files_is_refused(tmp_path):
+def test_a_folder_of_other_files_is_refused(here, tmp_path):
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
-    done = command(*SHORT, "--out", str(tmp_path))
+    done = here(*SHORT, "--out", str(tmp_path))
     assert done.returncode == 2
     assert "with other columns" in done.stderr
     assert (tmp_path / "runs.csv").read_text() == "a,b\n1,2\n"
