@@ -94,8 +94,9 @@ def train(run: Run, data: Dataset, **calibration: Any) -> Result:
     try:
         return {"torch": _train_torch, "keras": _train_keras}[run.framework](run, kept, held, calibration)
     except Exception as error:  # as of a method that is not for this net, or a package that is not installed
-        nothing = [math.nan] * 6
-        return Result(*nothing, status=f"failed: {type(error).__name__}: {error}".splitlines()[0], curve=())
+        nothing = math.nan
+        status = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+        return Result(nothing, nothing, nothing, nothing, nothing, nothing, status, ())
 
 
 def torch_net(problem: str, data: Dataset, initializer: str, activation: str, seed: int) -> Any:
