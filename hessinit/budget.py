@@ -130,28 +130,21 @@ def solve(
         r = math.log(point.level)
         return abs(_off(point, goals)) + 3 * max(band[0] - r, r - band[1], 0.0)
 
+    def on_target(point: Point) -> bool:
+        return point.finite and abs(_off(point, goals)) <= TOLERANCE and _outside(point, band) == 0
+
     points = [Point(np.zeros(size), *probe.measure(np.zeros(size)))]
-    best, reason = points[0], "" if points[0].finite else _not_finite(points[0])
+    best, held = points[0], False
     slopes: tuple[Vector, Vector] | None = None
-    while not reason:
+    while best.finite and not on_target(best) and len(points) < max_probes:
         off, outside = _off(best, goals), _outside(best, band)
-        if abs(off) <= TOLERANCE and outside == 0:
-            reason = "met"
-            break
-        if len(points) >= max_probes:
-            best = min(points, key=distance)
-            met = (
-                abs(_off(best, goals)) <= TOLERANCE and _outside(best, band) == 0
-            )  # one that had gone farther than asked
-            reason = "met" if met else f"stopped after {max_probes} probes at ρ = {best.sharpness:.3g}"
-            break
         slopes = slopes or probe.slopes()
         rho, r = math.log(best.sharpness), math.log(best.level)
         lack = (goals[0] - rho) / ratio, (goals[1] - rho) / ratio
         room = band[0] - r, max(sum(band) / 2 - r, 0.0)
         step = _step(best.theta, slopes, lack, outside, room, box, trust)
         if np.linalg.norm(step) < STILL:
-            reason = _bounded(best, off, box)
+            held = True
             break
         point = Point(best.theta + step, *probe.measure(best.theta + step))
         points.append(point)
@@ -168,7 +161,16 @@ def solve(
             continue
         ratio = _secant(best, point, float(slopes[0] @ step), ratio)
         best, slopes, trust = point, None, min(2 * trust, TRUST)
-    return Solution(best if reason == "met" else min(points, key=distance), reason, tuple(points))
+    answer = best if on_target(best) else min(points, key=distance)
+    if on_target(answer):
+        reason = "met"
+    elif not best.finite:
+        reason = _not_finite(answer)
+    elif held:
+        reason = _bounded(answer, _off(answer, goals), box)
+    else:
+        reason = f"stopped after {max_probes} probes at ρ = {answer.sharpness:.3g}"
+    return Solution(answer, reason, tuple(points))
 
 
 def _off(point: Point, goals: tuple[float, float]) -> float:
@@ -278,6 +280,8 @@ def _not_finite(point: Point) -> str:
 
 
 def _bounded(point: Point, off: float, box: tuple[float, float]) -> str:
+    if abs(off) <= TOLERANCE:
+        return f"cannot be met: nearest reachable level is {point.level:.3g}"
     if off < 0:
         return f"cannot be met: lowest reachable ρ is {point.sharpness:.3g}"
     if np.isclose(point.theta, box[1], atol=1e-3).any():
