@@ -47,6 +47,16 @@ MINIATURES = {
         "keras": None,
         "jobs": 1,
     },
+    "fig5_learning_rates": {
+        "initializers": ("he_normal", "budget", "lsuv"),
+        "rates": {"sgd": (0.01, 0.1), "adam": (1e-3,)},
+        "seeds": (0, 1),
+        "dataset": "fashion_mnist_mini",
+        "validation": 4000,
+        "jobs": 1,
+    },
+    "fig5b_robustness": {},
+    "fig8_cost_and_gain": {},
     "fig_cost": {"samples": {"MLP": 3, "transformer": 2}, "repetitions": 2, "full_repetitions": 1},
     "fig_depth": {"depths": (2, 4), "seeds": (0,), "samples": 8, "dataset": "fashion_mnist_mini"},
     "fig_depth_training": {
@@ -250,6 +260,20 @@ def test_kappas_of_keras_are_those_of_torch(kappas):
             one, two = (kappas[1][framework, initializer, activation] for framework in ("torch", "keras"))
             error = np.sqrt((one.var(0, ddof=1) + two.var(0, ddof=1)) / 100)
             assert (np.abs(one.mean(0) - two.mean(0)) < 4 * error).all(), (initializer, activation)
+
+
+def test_the_readmes_table_of_rivals_is_the_committed_one():
+    from fig5b_robustness import readme_rows
+
+    assert _table("| tuned alike") == readme_rows(pd.read_csv(FIGURES / "fig5b_robustness.csv"))
+
+
+def test_the_table_of_rivals_has_every_run():
+    import fig5_learning_rates as script
+
+    table = pd.read_csv(FIGURES / "fig5_learning_rates.csv")
+    asked = len(script.ROWS) * sum(map(len, script.RATES.values())) * len(script.SEEDS)
+    assert len(table) == len(table.drop_duplicates(["initializer", "optimizer", "lr", "seed"])) == asked
 
 
 def test_keras_agrees_with_torch_within_the_spread(compared):
