@@ -12,17 +12,17 @@ plain nets and LeNet-5; and once more without units in pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from joblib import Parallel, delayed
 
 from hessinit.calibration import NO_GAIN, PROPORTIONAL, SIGN_LIKE
 from hessinit.experiments import data, models, plots, training
 from hessinit.experiments.baselines import INITIALIZERS
+from hessinit.experiments.study import Task, rows
 
 SEEDS = (0, 1, 2)
 RIVALS = ("torch_default", "he_normal", "glorot_uniform", "orthogonal_gain", "closed_form")
@@ -49,41 +49,34 @@ STUDY = (
 )
 
 
-def compute(study: Any = STUDY, seeds: tuple[int, ...] = SEEDS, jobs: int = 2) -> Iterator[dict[str, Any]]:
+RESULTS = ("last_fifth_loss", "test_accuracy", "init_seconds", "seconds", "status")
+
+
+def compute(
+    done: Iterable[Mapping[str, str]] = (), study: Any = STUDY, seeds: tuple[int, ...] = SEEDS, jobs: int = 2
+) -> Iterator[dict[str, Any]]:
     """A row a run."""
-    yield from Parallel(n_jobs=jobs, return_as="generator", mmap_mode="c")(
-        delayed(_row)(*task) for task in tasks(study, seeds)
-    )
+    yield from rows(tasks(study, seeds), done, RESULTS, jobs)
 
 
-def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[tuple[str, training.Run, data.Dataset, float | None]]:
-    """Of every row: its set, the run, the data and c."""
+def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[Task]:
+    """Of every row, with its set and c."""
     for group, problem, activation, samples, epochs, count in study:
         whole = data.load(models.PROBLEMS[problem].dataset)
         few = replace(whole, x_train=whole.x_train[:samples], y_train=whole.y_train[:samples])
         for optimizer, lrs in LRS.items():
             c = C[optimizer]
-            rows: list[tuple[str, float | None]] = [*((name, None) for name in RIVALS), ("budget", c), (UNPAIRED, c)]
-            rows += [("budget", factor * c) for factor in FACTORS if problem in FACTORS_ON]
+            lines: list[tuple[str, float | None]] = [*((name, None) for name in RIVALS), ("budget", c), (UNPAIRED, c)]
+            lines += [("budget", factor * c) for factor in FACTORS if problem in FACTORS_ON]
             for seed in seeds:
                 for lr in lrs[:count]:
-                    for initializer, asked in rows:
+                    for initializer, asked in lines:
                         run = training.Run(
                             problem, "torch", few.name, initializer, activation, optimizer, lr, epochs, 64, seed
                         )
-                        yield group, run, few, asked
-
-
-def _row(group: str, run: training.Run, few: data.Dataset, c: float | None) -> dict[str, Any]:
-    calibration = {} if c is None else {"budget": (c, NO_GAIN)}
-    result = training.train(run, few, **calibration)
-    keys = ("problem", "activation", "optimizer", "lr", "initializer", "seed")
-    return {
-        "set": group,
-        **{key: getattr(run, key) for key in keys},
-        "c": float("nan") if c is None else c,
-        **{k: getattr(result, k) for k in ("last_fifth_loss", "test_accuracy", "init_seconds", "seconds", "status")},
-    }
+                        calibration = {} if asked is None else {"budget": (asked, NO_GAIN)}
+                        last = {"c": float("nan") if asked is None else asked}
+                        yield Task(run, few, calibration=calibration, first={"set": group}, last=last)
 
 
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
@@ -106,8 +99,6 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> Any:
     """A panel a problem and optimizer: loss against learning rate, a line an initializer, dashed for other c."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     problems = list(dict.fromkeys(zip(table.set, table.problem, table.activation, strict=True)))
     made, axes = plots.figure(-(-len(problems) // 2), 4, 3.6, 2.7)
     panels = axes.reshape(-1, 2)  # two problems a row
@@ -128,9 +119,7 @@ def draw(table: pd.DataFrame) -> Any:
                     color=plots.COLOURS[initializer], label=label,
                 )  # fmt: skip
             panel.set(xscale="log", yscale="log", xlabel=f"learning rate, {optimizer}", ylabel="train loss")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter(NullFormatter())
+            plots.plain_numbers(panel.yaxis)
             panel.set_title(f"{models.PROBLEMS[problem].title}, {activation} ({group})", fontsize="medium")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)

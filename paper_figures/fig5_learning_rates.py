@@ -58,8 +58,6 @@ ALWAYS = ("budget", "he_normal")
 
 def draw(table: pd.DataFrame) -> Any:
     """A row an optimizer, a column a group of initializers; a line has the mean and the deviation over seeds."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     rates = at_each_rate(table)
     optimizers = list(dict.fromkeys(table.optimizer))
     made, axes = plots.figure(len(optimizers), len(GROUPS), 4.6, 3.4)
@@ -70,9 +68,7 @@ def draw(table: pd.DataFrame) -> Any:
                 if len(line):
                     plots.rates(panel, line, name)
             panel.set(xscale="log", yscale="log", xlabel=f"learning rate, {optimizer}", ylabel="train loss")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter(NullFormatter())
+            plots.plain_numbers(panel.yaxis, (1, 1.5, 2, 3, 5, 7))
             panel.sharey(panels[0])
             if optimizer == optimizers[0]:
                 panel.legend(frameon=False, fontsize="small")

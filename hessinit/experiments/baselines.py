@@ -34,7 +34,6 @@ class Fit:
         optimizer: that will train the model; None for that of a compiled Keras model.
         optimizer_name: sgd, momentum, adam or adamw.
         lr: its learning rate.
-        batch_size: samples a step.
         seed: decides everything random.
         options: keywords of the method.
     """
@@ -46,7 +45,6 @@ class Fit:
     optimizer: Any
     optimizer_name: str
     lr: float
-    batch_size: int
     seed: int
     options: Mapping[str, Any] = field(default_factory=dict)
 

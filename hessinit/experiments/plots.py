@@ -18,6 +18,7 @@ from hessinit.experiments.baselines import INITIALIZERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
@@ -65,6 +66,15 @@ def figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4) -> 
     return made, axes
 
 
+def plain_numbers(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Labels of a logarithmic axis as numbers, at these multiples of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def rates(axes: Axes, line: DataFrame, name: str) -> None:
     """One initializer against the learning rate: mean and deviation over seeds; where a run diverged, a gap.
 
@@ -91,8 +101,6 @@ def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]
         kappas: rows of ``curvature.csv``, whose column comes first; without any there is none.
         title: of the picture.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     curves: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}
     for point in points:
         by_lr = curves.setdefault((point["initializer"], point["activation"]), {})
@@ -117,9 +125,7 @@ def comparison(points: Sequence[dict[str, str]], kappas: Sequence[dict[str, str]
                 _mean(panel, other[lr], color="0.85", linewidth=0.8)
             _band(panel, curves[initializer, activation][lr], colour, STYLES[activation], label)
             panel.set(yscale="log", ylabel="train loss")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter(NullFormatter())
+            plain_numbers(panel.yaxis)
         row[0].set_title(label, loc="left", fontweight="bold", fontsize="medium")
     for panel in axes[:-1].flat:
         panel.tick_params(labelbottom=False)

@@ -26,20 +26,22 @@ class Task:
         run: what is trained.
         data: on what.
         target: loss for ``steps_to``.
-        calibration: keywords of :func:`hessinit.init_` for an initializer that fits the step.
-        labels: columns of the row before those of the run, and ``c`` and the like.
+        calibration: keywords of the fit, of an initializer that has one.
+        first: columns before those of the run.
+        last: columns after them.
     """
 
     run: Run
     data: Dataset
     target: float = 0.4
     calibration: Mapping[str, Any] = field(default_factory=dict)
-    labels: Mapping[str, Any] = field(default_factory=dict)
+    first: Mapping[str, Any] = field(default_factory=dict)
+    last: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> dict[str, Any]:
         """What tells this row from every other."""
-        return {**{name: getattr(self.run, name) for name in NAMES}, **self.labels}
+        return {**self.first, **{name: getattr(self.run, name) for name in NAMES}, **self.last}
 
 
 def rows(

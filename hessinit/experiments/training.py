@@ -146,7 +146,7 @@ def _fit(
     initializer = baselines.INITIALIZERS[run.initializer]
     if initializer.fit is not None:
         options = {**initializer.options, **calibration}
-        told = baselines.Fit(x, y, loss, criterion, optimizer, run.optimizer, run.lr, run.batch_size, run.seed, options)
+        told = baselines.Fit(x, y, loss, criterion, optimizer, run.optimizer, run.lr, run.seed, options)
         initializer.fit(model, told)
 
 
@@ -185,7 +185,9 @@ def _train_torch(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
         model = torch_net(run.problem, data, run.initializer, run.activation, run.seed)
         optimizer = _torch_optimizer(run, model)
         _fit(run, model, x, y, calibration, data.loss, loss_of, optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _ramp(run, len(x)))
+        schedule = None
+        if baselines.INITIALIZERS[run.initializer].warmup:
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _ramp(run, len(x)))
         init_seconds = time.perf_counter() - start
         steps = []
         status = "ok"
@@ -195,7 +197,8 @@ def _train_torch(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
                 loss = loss_of(model(x[batch]), y[batch])
                 loss.backward()
                 optimizer.step()
-                schedule.step()
+                if schedule is not None:
+                    schedule.step()
                 steps.append(loss.detach())
             if not torch.stack(steps).isfinite().all():
                 status = f"diverged at step {int(torch.stack(steps).isfinite().long().argmin()) + 1}"

@@ -48,7 +48,7 @@ def as_numpy_function(function: Callable[..., Any]) -> Callable[[Array], Array]:
     def call(u: Array) -> Array:
         with torch.no_grad(), ONE_AT_A_TIME:
             before = torch.get_rng_state()
-            try:
+            try:  # no context manager: an interruption may close one only after those around it
                 result: Array = function(torch.from_numpy(np.array(u))).numpy()
             finally:
                 torch.set_rng_state(before)

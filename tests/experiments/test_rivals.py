@@ -413,7 +413,7 @@ def test_a_fit_changes_weights_alone(name):
     buffers = [b.clone() for b in net.buffers()]
     modes, state = [m.training for m in net.modules()], torch.get_rng_state()
     before = torch.cat([p.detach().flatten() for p in net.parameters()])
-    few = baselines.Fit(X[:32], Y[:32], "cross_entropy", cross_entropy, None, "sgd", 0.1, 64, 0, QUICK.get(name, {}))
+    few = baselines.Fit(X[:32], Y[:32], "cross_entropy", cross_entropy, None, "sgd", 0.1, 0, QUICK.get(name, {}))
     INITIALIZERS[name].fit(net, few)
     assert len(buffers) > 2
     assert all(torch.equal(b, old) for b, old in zip(net.buffers(), buffers, strict=True))
@@ -424,7 +424,7 @@ def test_a_fit_changes_weights_alone(name):
 
 
 def test_the_batch_of_a_fit_is_drawn_by_its_seed():
-    fit = baselines.Fit(torch.arange(1000), torch.arange(1000), None, None, None, "sgd", 0.1, 64, 3)
+    fit = baselines.Fit(torch.arange(1000), torch.arange(1000), None, None, None, "sgd", 0.1, 3)
     (x, y), (again, _), (other, _) = fit.batch(), fit.batch(), replace(fit, seed=4).batch()
     assert len(set(x.tolist())) == 256
     assert torch.equal(x, y)
