@@ -102,7 +102,7 @@ def rows_of(variables, scalars, model_call):
             with keras.StatelessScope(list(zip(variables, values, strict=True))):
                 return scalars(model_call())
 
-        found = jax.jacrev(f)([v.value for v in variables])
+        found = jax.jit(jax.jacrev(f))([v.value for v in variables])
         return np.concatenate([np.asarray(j).reshape(j.shape[0], -1) for j in found], axis=1)
     if backend == "tensorflow":
         import tensorflow as tf
@@ -155,7 +155,7 @@ def test_against_the_backends_own_jacobian(name):
     close(operator @ v, true @ v)
     close(ops.convert_to_numpy(operator.flatten(operator.diagonal())), np.diag(true))
     close(operator.trace(), np.trace(true))
-    trace = operator.trace(num_probes=60)
+    trace = operator.trace(num_probes=20)
     assert abs(trace - np.trace(true)) < 4 * trace.standard_error
     first, last = operator.rows[0], operator.rows[-1]
     sizes = operator.block(first).shape[0], operator.block(last).shape[0]

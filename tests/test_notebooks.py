@@ -9,9 +9,20 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 FEWER = {
     "02_curvature": {"repeats=20": "repeats=3", "in range(10)": "in range(4)", "in range(5)": "in range(2)"},
-    "03_budget": {"in range(2)": "in range(1)"},
-    "04_fashion_mnist": {"range(3), 20": "range(2), 8"},
-    "05_learning_rates": {"range(3), 600": "range(2), 600", "WITHIN = 0.95": "WITHIN = 0.5"},
+    "03_budget": {
+        "in range(2)": "in range(1)",
+        "LRS = (0.003, 0.01, 0.03, 0.1, 0.3)": "LRS = (0.003, 0.01, 0.03)",
+        "adam_lrs = (1e-4, 3e-4, 1e-3, 3e-3)": "adam_lrs = (1e-4, 1e-3)",
+    },
+    "04_fashion_mnist": {"range(3), 20": "range(2), 8", "kappa.FIRST_SEED + 10": "kappa.FIRST_SEED + 3"},
+    "05_learning_rates": {
+        "range(3), 600": "range(2), 600",
+        "WITHIN = 0.95": "WITHIN = 0.5",
+        '"sgd": (0.003, 0.01, 0.04, 0.15, 0.6), "adam": (1e-4, 5e-4, 2e-3, 1e-2)': (
+            '"sgd": (0.003, 0.01, 0.15), "adam": (1e-4, 5e-4, 2e-3)'
+        ),
+    },
+    "06_your_model": {"seed in range(3)": "seed in range(2)"},
 }
 
 

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -257,13 +256,14 @@ def redraws(seeds=(0,), **changed):
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_kappa_is_that_of_the_dense_approximate_hessian(activation, monkeypatch):
-    """Of each weight alone, along its gradient, on the first 100 images."""
+    """Of each weight alone, along its gradient, on the first images."""
+    monkeypatch.setattr(kappa, "IMAGES", 20)
     monkeypatch.setitem(models.PROBLEMS, "mlp", models.Problem("small", (5, 4)))
     few = data.Dataset("few", "here", MINI.x_train[:120, 300:308], MINI.y_train[:120], MINI.x_test, MINI.y_test)
     (found,) = kappa.measure(redraws([3], activation=activation), few)
     net = models.torch_mlp([8, 5, 4, 10], activation)
     INITIALIZERS["slides"].torch(net, activation, torch.Generator().manual_seed(kappa.FIRST_SEED + 3))
-    batch = torch.from_numpy(few.x_train[:100]).double(), torch.from_numpy(few.y_train[:100])
+    batch = torch.from_numpy(few.x_train[:20]).double(), torch.from_numpy(few.y_train[:20])
     for k, value in zip((0, 2, 4), found, strict=True):
         hessian, _, g = dense_truth(net.double(), batch, nn.functional.cross_entropy, names=[f"{k}.weight"])
         assert value == pytest.approx(float(g @ hessian @ g / (g @ g)), rel=1e-4)
@@ -348,29 +348,29 @@ def test_bad_plans_are_refused(arguments, message):
 
 
 def test_the_picture_has_a_line_for_each_row(tmp_path, monkeypatch):
-    drawn, densities = [], []
+    drawn, densities, names = [], [], ("he_normal", "lsuv", "budget")
     band, density = plots._band, plots._densities
     monkeypatch.setattr(plots, "_band", lambda *a: drawn.append(a[4]) or band(*a))
     monkeypatch.setattr(plots, "_densities", lambda *a: density(*a) or densities.append(a[0].get_lines()))
     key = {"activation": "relu", "lr": "0.1", "seed": "0"}
     points = [
         {**key, "initializer": name, "step": str(step), "loss": str(1 / step)}
-        for name in INITIALIZERS
+        for name in names
         for step in (20, 40)
     ]
     kappas = [
         {**key, "initializer": name, "layer": layer, "kappa": value}
-        for name in INITIALIZERS
+        for name in names
         for layer, values in (("dense1", "1 2 nan 4"), ("dense2", "3 3"), ("dense3", "nan"))
         for value in values.split()
     ]
     plots.comparison(points, [])
-    assert drawn == [f"{one.label}, relu" for one in INITIALIZERS.values()]
+    assert drawn == [f"{one.label}, relu" for one in map(INITIALIZERS.get, names)]
     assert densities == []
     plots.comparison(points, kappas, "both columns").savefig(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert drawn == 2 * [f"{one.label}, relu" for one in INITIALIZERS.values()]
-    assert [len(lines) for lines in densities] == [2] * len(INITIALIZERS)  # of dense3 there is nothing to draw
+    assert drawn == 2 * [f"{one.label}, relu" for one in map(INITIALIZERS.get, names)]
+    assert [len(lines) for lines in densities] == [2] * len(names)  # of dense3 there is nothing to draw
     smooth, bar = densities[0]
     x, y = smooth.get_xdata(), smooth.get_ydata()
     assert np.trapezoid(y, np.log10(x)) == pytest.approx(1, abs=0.01)  # a density of log10 κ
@@ -470,8 +470,7 @@ def test_a_cluster_has_the_results_of_one_machine(tmp_path):
     assert len(losses[0]) == 4
 
 
-def test_keras_default_rows_run_through_the_command(tmp_path):
-    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+def test_keras_default_rows_run_through_the_command(here, tmp_path):
     np.savez(
         tmp_path / "few.npz",
         **{
@@ -480,7 +479,7 @@ def test_keras_default_rows_run_through_the_command(tmp_path):
         },
     )
     arguments = ("compare", "--framework", "keras", "--dataset", str(tmp_path / "few.npz"), "--seeds", "1")
-    done = command(*arguments, "--epochs", "1", "--redraws", "1", "--out", str(tmp_path / "out"), env=environment)
+    done = here(*arguments, "--epochs", "1", "--redraws", "1", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert len(Store(tmp_path / "out").kappas) == 8 * 3  # none of the budget, which has no weights without a step
     with (tmp_path / "out" / "runs.csv").open() as file:
@@ -533,7 +532,7 @@ def test_a_folder_of_other_files_is_refused(here, tmp_path):
     assert (tmp_path / "runs.csv").read_text() == "a,b\n1,2\n"
 
 
-def test_an_interruption_leaves_whole_files_and_the_command_goes_on(tmp_path):
+def test_an_interruption_leaves_whole_files_and_the_command_goes_on(here, tmp_path):
     code = "from hessinit.experiments.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *SHORT, "--seeds", "40", "--out", str(tmp_path)],
@@ -552,7 +551,7 @@ def test_an_interruption_leaves_whole_files_and_the_command_goes_on(tmp_path):
     assert 0 < len(store.rows) < 80
     assert all(len(row) == len(sweep.COLUMNS) and row["status"] == "ok" for row in store.rows)
     seeds = math.ceil(len(store.rows) / 2)
-    done = command(*SHORT, "--seeds", str(seeds), "--out", str(tmp_path))
+    done = here(*SHORT, "--seeds", str(seeds), "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert f"of {2 * seeds} runs found in" in done.stdout.replace("\n", " ")
 
