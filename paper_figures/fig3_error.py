@@ -125,7 +125,7 @@ def _histograms(panel: Any, rows: Any, column: str, low: float, high: float) -> 
     for base, layer in enumerate(layers):
         values = rows[rows.layer == layer][column].clip(edges[0], edges[-1])
         counts = np.histogram(values, edges)[0]
-        panel.bar(edges[:-1], -0.85 * counts / counts.max(), np.diff(edges), base + 0.8, align="edge", color=FILL)
+        panel.stairs(base + 0.8 - 0.85 * counts / counts.max(), edges, baseline=base + 0.8, fill=True, color=FILL)
         panel.plot([values.median()] * 2, [base, base + 0.8], color=MEDIAN, linewidth=2)
     panel.set(xscale="log", xlim=(edges[0], edges[-1]), ylim=(len(layers), -0.2))
     panel.set_yticks([base + 0.5 for base in range(len(layers))], layers)

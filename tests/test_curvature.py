@@ -201,10 +201,10 @@ def test_layer_traces_by_probes():
     for layer, value in full.items():
         assert abs(some[layer] - value) < 4 * some.standard_error[layer]
         assert abs(some[layer] - 1.1 * value) > some.standard_error[layer]
-    again = curvature.layer_traces(case.model, case.batch, case.loss, num_probes=1000)
-    assert dict(again) == dict(some)  # seeded
-    other = curvature.layer_traces(case.model, case.batch, case.loss, num_probes=1000, seed=5)
-    assert dict(other) != dict(some)
+    one, again, other = (
+        dict(curvature.layer_traces(case.model, case.batch, case.loss, num_probes=20, seed=seed)) for seed in (0, 0, 5)
+    )
+    assert one == again != other
     assert full.standard_error == {}
     assert curvature.layer_traces(case.model, case.batch, case.loss, num_probes=1).standard_error["0"] == float("inf")
 

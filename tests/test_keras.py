@@ -19,7 +19,7 @@ QUICKLY_COMPILED = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimizati
 def run(backend, flags):
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", *CHECKS, "-n", "0", "-p", "no:cacheprovider"]
-    environment |= {"XLA_FLAGS": flags}
+    environment |= {"XLA_FLAGS": flags, "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

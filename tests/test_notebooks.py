@@ -8,7 +8,13 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 FEWER = {
-    "02_curvature": {"repeats=20": "repeats=3", "in range(10)": "in range(4)", "in range(5)": "in range(2)"},
+    "02_curvature": {
+        "repeats=20": "repeats=3",
+        "in range(10)": "in range(4)",
+        "in range(5)": "in range(2)",
+        "k=5)[0]": "k=1)[0]",
+        "num_probes=4, steps=30": "num_probes=2, steps=10",
+    },
     "03_budget": {
         "in range(2)": "in range(1)",
         "LRS = (0.003, 0.01, 0.03, 0.1, 0.3)": "LRS = (0.003, 0.01, 0.03)",

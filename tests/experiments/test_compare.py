@@ -354,9 +354,7 @@ def test_the_picture_has_a_line_for_each_row(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_densities", lambda *a: density(*a) or densities.append(a[0].get_lines()))
     key = {"activation": "relu", "lr": "0.1", "seed": "0"}
     points = [
-        {**key, "initializer": name, "step": str(step), "loss": str(1 / step)}
-        for name in names
-        for step in (20, 40)
+        {**key, "initializer": name, "step": str(step), "loss": str(1 / step)} for name in names for step in (20, 40)
     ]
     kappas = [
         {**key, "initializer": name, "layer": layer, "kappa": value}
