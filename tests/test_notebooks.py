@@ -28,7 +28,7 @@ FEWER = {
             '"sgd": (0.003, 0.01, 0.15), "adam": (1e-4, 5e-4, 2e-3)'
         ),
     },
-    "06_your_model": {"seed in range(3)": "seed in range(2)"},
+    "06_your_model": {"seed in range(3)": "seed in range(2)", "[:50]": "[:30]"},
 }
 
 
