@@ -57,6 +57,13 @@ MINIATURES = {
     },
     "fig5b_robustness": {},
     "fig8_cost_and_gain": {},
+    "fig9_layers": {
+        "nets": (("mlp", "relu"), ("lenet", "relu")),
+        "steps": (("sgd", 0.01), ("adam", 3e-3)),
+        "seeds": (0,),
+        "samples": 16,
+        "dataset": "fashion_mnist_mini",
+    },
     "fig_cost": {"samples": {"MLP": 3, "transformer": 2}, "repetitions": 2, "full_repetitions": 1},
     "fig_depth": {"depths": (2, 4), "seeds": (0,), "samples": 8, "dataset": "fashion_mnist_mini"},
     "fig_depth_training": {
@@ -274,6 +281,19 @@ def test_the_table_of_rivals_has_every_run():
     table = pd.read_csv(FIGURES / "fig5_learning_rates.csv")
     asked = len(script.ROWS) * sum(map(len, script.RATES.values())) * len(script.SEEDS)
     assert len(table) == len(table.drop_duplicates(["initializer", "optimizer", "lr", "seed"])) == asked
+
+
+def test_the_readme_says_where_the_curvature_goes():
+    table = pd.read_csv(FIGURES / "fig9_layers.csv")
+    table = table[table.problem == "mlp"].fillna({"optimizer": ""})
+    found = []
+    for rule in (("budget", 0.01), ("he_normal", 0.0), ("budget", 0.3)):
+        traces = table[(table.initializer == rule[0]) & (table.lr == rule[1])].groupby("place").trace
+        means = np.exp(traces.apply(lambda values: np.log(values).mean()))
+        found += [means[0] / means.sum(), means.sum()]
+    text = "{:.1%} of a trace of {:,.0f}, where He's weights have {:.0%} of {:.0f}; at 0.3 it is {:.0%} of {:.0f}"
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert text.format(*found).replace("%", " %") in readme
 
 
 def test_keras_agrees_with_torch_within_the_spread(compared):
