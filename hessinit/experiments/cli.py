@@ -61,7 +61,7 @@ def compare(
     framework: Annotated[str, typer.Option(help="torch or keras (backend: KERAS_BACKEND).")] = "torch",
     redraws: Annotated[int, typer.Option(help="Redraws of the initial weights for κ; 0 for none.")] = 100,
     validation: Annotated[int, typer.Option(help="Train samples kept back, to choose a learning rate by.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Processes; with a cluster, tasks at once.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Processes; with a cluster, tasks at once.")] = 2,
     backend: Annotated[
         str, typer.Option(help="Of joblib: loky, or dask or ray for a cluster, where these are installed.")
     ] = "loky",
