@@ -18,7 +18,7 @@ from hessinit.batches import Batches, fixed_draws, inputs_and_targets, out_of_me
 from hessinit.draw import signs, stream
 from hessinit.losses import Loss
 from hessinit.networks import wrap
-from hessinit.networks.base import Alone, Array, Group, Named, Network
+from hessinit.networks.base import Alone, Array, Group, Named, Network, OnData
 from hessinit.progress import track
 
 Forward = Callable[[Any, Any], tuple[Any, Any]]
@@ -31,13 +31,15 @@ class Chunk:
     Args:
         outputs: z as a function of parameter values.
         total: the total loss as a function of parameter values.
+        along: of c, gives ``Σ c z`` as a function of parameter values.
         batch: what the model is given.
         targets: known, and found to fit, once ``outputs`` has been called.
         shape: of z, likewise.
     """
 
-    outputs: Callable[[Named], Array]
-    total: Callable[[Named], Array]
+    outputs: OnData
+    total: OnData
+    along: Callable[[Array], OnData]
     batch: Any
     targets: Any = None
     shape: tuple[int, ...] = ()
@@ -82,7 +84,8 @@ class Objective:
         self.group: Group = group or Alone()
         self.splits_checked = chunk_size is None
         self._apply: Callable[[Named, Callable[[], Any]], Any] | None = None
-        self._kept: tuple[list[Any], list[Chunk]] | None = None
+        self._constants: list[Any] | None = None
+        self._kept: list[Chunk] | None = None
         with self.named_errors():
             self.batches = Batches(batch, self.network.arrays.is_array, progress)
         with self.named_errors(), self._random_state():
@@ -126,27 +129,47 @@ class Objective:
 
     def _chunks(self) -> Iterator[Chunk]:
         """The chunks of all batches; those of data in memory are kept while the model is as it was."""
+        constants, before = list(self.network.constants()), self._constants
+        if before is None or any(new is not old for new, old in zip(constants, before, strict=True)):
+            self._constants, self._kept, self._wholes = constants, None, self._functions()
         if not self.batches.in_memory:
             yield from (
                 self._chunk(part) for batch in self.batches for part in self.batches.split(batch, self.chunk_size)
             )
             return
-        constants = list(self.network.constants())
-        kept = self._kept
-        if kept is None or any(new is not old for new, old in zip(constants, kept[0], strict=True)):
+        if self._kept is None:
             whole = next(iter(self.batches))
-            kept = self._kept = constants, [self._chunk(part) for part in self.batches.split(whole, self.chunk_size)]
-        yield from kept[1]
+            self._kept = [self._chunk(part) for part in self.batches.split(whole, self.chunk_size)]
+        yield from self._kept
+
+    def _functions(self) -> tuple[Callable[[Any, Named], Array], ...]:
+        """Outputs, total loss and outputs along c, of (data, values): new ones, of the model as it is."""
+
+        def outputs(data: Any, values: Named) -> Array:
+            return self._run(data[0], values)[0]
+
+        def total(data: Any, values: Named) -> Array:
+            return self.loss.total(outputs(data, values), data[1])
+
+        def along(data: Any, values: Named) -> Array:
+            return self.network.arrays.sum(outputs(data, values) * data[2])
+
+        return outputs, total, along
+
+    def _run(self, batch: Any, values: Named) -> tuple[Array, Any]:
+        """Outputs and targets as the model gives them."""
+        assert self._apply is not None  # over_data is under way
+        with fixed_draws(self.seed):
+            z, targets = self._apply(values, lambda: self._forward(batch))
+        z = getattr(z, "logits", z)
+        z = z["logits"] if isinstance(z, Mapping) and "logits" in z else z
+        if not self.network.arrays.is_array(z):
+            raise TypeError(f"outputs must be one tensor; got {type(z).__name__}. Pass forward= to choose it")
+        return z, targets
 
     def _chunk(self, batch: Any) -> Chunk:
         def outputs(values: Named) -> Array:
-            assert self._apply is not None  # over_data is under way
-            with fixed_draws(self.seed):
-                z, targets = self._apply(values, lambda: self._forward(batch))
-            z = getattr(z, "logits", z)
-            z = z["logits"] if isinstance(z, Mapping) and "logits" in z else z
-            if not self.network.arrays.is_array(z):
-                raise TypeError(f"outputs must be one tensor; got {type(z).__name__}. Pass forward= to choose it")
+            z, targets = self._run(batch, values)
             if chunk.targets is not None and tuple(z.shape) != chunk.shape:
                 raise ValueError(f"outputs must have one shape at every call; got {tuple(z.shape)} after {chunk.shape}")
             if chunk.targets is None:
@@ -159,7 +182,14 @@ class Objective:
             z = outputs(values)
             return self.loss.total(z, chunk.targets)
 
-        chunk = Chunk(outputs, total, batch)
+        def along(c: Array) -> OnData:
+            return OnData(lambda values: self.network.arrays.sum(outputs(values) * c), wholes[2], lambda: data(c))
+
+        def data(*more: Array) -> Any:
+            return None if chunk.targets is None else (batch, chunk.targets, *more)
+
+        wholes = self._wholes
+        chunk = Chunk(OnData(outputs, wholes[0], data), OnData(total, wholes[1], data), along, batch)
         return chunk
 
     def _forward(self, batch: Any) -> tuple[Any, Any]:
@@ -367,7 +397,7 @@ class Objective:
 
     def num_outputs(self) -> int | None:
         """Entries of the outputs over all data, where it is in memory and has been through the model; else None."""
-        return sum(int(np.prod(chunk.shape)) for chunk in self._kept[1]) if self._kept else None
+        return sum(int(np.prod(chunk.shape)) for chunk in self._kept) if self._kept else None
 
     def _separate(self, chunk: Chunk, names: Sequence[str]) -> list[Chunk]:
         """The chunk's samples as chunks of their own if loss and network take each by itself, else []."""

@@ -151,7 +151,7 @@ class NetworkProbe:
             pulled = pull(c)
             u = {name: pulled[name] for name in self.trained}
             del risen, pull, pulled  # and what the forward pass has kept for them
-            _, bent = self.derivatives.hvp(lambda v: self.arrays.sum(chunk.outputs(v) * c), values, u, names)
+            _, bent = self.derivatives.hvp(chunk.along(c), values, u, names)
             return z, {
                 "trace": sum(self.arrays.dot(x, x) for x in u.values()),
                 "trace slope": np.array([2 * self.arrays.dot(values[n], bent[n]) for n in names]),

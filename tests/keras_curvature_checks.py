@@ -244,6 +244,43 @@ def test_losses_have_keras_own_value_and_its_curvature(name):
         close(curvature.hessian(model, parts, loss) @ v, product, 1e-5)
 
 
+def test_a_model_that_looks_at_its_data_is_derived_every_time():
+    """On JAX what is met again is compiled for all data, and this cannot be."""
+
+    class Looking(Subclassed):
+        def call(self, x, training=False):
+            return super().call(x if float(ops.max(x)) > 0 else -x, training)
+
+    model = Looking()
+    model(X)
+    batches = [(abs(X), Y), (-abs(X), Y), (abs(X), Y)]  # all the same to this model
+    operator, same = (curvature.hessian(model, data, CROSS_ENTROPY) for data in (batches, batches[0]))
+    v = np.random.default_rng(0).normal(size=operator.shape[0])
+    for _ in range(3):
+        close(operator @ v, same @ v, 1e-5)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="compiled on JAX alone")
+def test_a_loader_is_compiled_for_all_batches_of_one_shape():
+    class Counting(Subclassed):
+        calls = 0
+
+        def call(self, x, training=False):
+            Counting.calls += 1
+            return super().call(x, training)
+
+    model = Counting()
+    model(X)
+    operator = curvature.hessian(model, [(X + k, Y) for k in range(5)], CROSS_ENTROPY)
+    v = np.random.default_rng(0).normal(size=operator.shape[0])
+    first = operator @ v
+    before = Counting.calls
+    close(operator @ v, first, 1e-6)
+    assert Counting.calls == before + 5  # for its targets, each batch goes through the model once
+    parts = [curvature.hessian(model, (X + k, Y), CROSS_ENTROPY) @ v for k in range(5)]
+    close(first, sum(ops.convert_to_numpy(part) for part in parts) / 5, 1e-5)
+
+
 def test_names_that_both_sides_know():
     model = _sequential((4,), layers.Dense(3, "softmax"))
     names = ("cross_entropy", "sparse_categorical_crossentropy")

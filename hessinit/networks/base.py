@@ -18,6 +18,25 @@ Named = Mapping[str, Array]
 Function = Callable[[Named], Array]  # of the values of parameters
 Pull = Callable[[Array], dict[str, Array]]
 
+
+@dataclass(frozen=True, eq=False)
+class OnData:
+    """A function of the values of parameters on some data, whose derivatives may be compiled once for all data.
+
+    Args:
+        function: of the values.
+        whole: of (data, values), the same and without a trace of the call.
+        data: gives what ``whole`` takes: arrays, or structures of them; None until ``function`` has been called.
+    """
+
+    function: Function
+    whole: Callable[[Any, Named], Array]
+    data: Callable[[], Any]
+
+    def __call__(self, values: Named) -> Array:
+        return self.function(values)
+
+
 WEIGHT, BIAS, NORM_SCALE, NORM_OFFSET, OTHER = "weight", "bias", "norm scale", "norm offset", "other"
 
 
