@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hessinit import curvature
 from hessinit.experiments import baselines, models
 from hessinit.experiments.data import Dataset
-from hessinit.experiments.training import one_thread, torch_net
+from hessinit.experiments.training import one_thread, tensors, torch_net
 
 IMAGES = 100
 FIRST_SEED = 1_000_000  # of redraws, so that no training run starts from one; weights follow from it as in training
@@ -65,9 +65,7 @@ def as_text(kappas: Sequence[float]) -> str:
 
 
 def _torch_kappas(redraws: Sequence[Redraw], data: Dataset) -> Iterator[curvature.Values]:
-    import torch
-
-    batch = torch.from_numpy(data.x_train[:IMAGES]), torch.from_numpy(data.y_train[:IMAGES])
+    batch = tensors(data.x_train[:IMAGES], data.y_train[:IMAGES])
     with one_thread():
         for redraw in redraws:
             model = torch_net(redraw.problem, data, redraw.initializer, redraw.activation, FIRST_SEED + redraw.seed)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hessinit.experiments import baselines, models
 from hessinit.experiments.data import Dataset, Samples
@@ -173,7 +174,7 @@ def _train_torch(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
     own = ("model", "networks.torch", "experiments.rivals", "experiments.learned")
     for module in ("torch._dynamo", *(f"hessinit.{name}" for name in own)):
         importlib.import_module(module)  # so that the first run's init_seconds hold no import
-    x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
+    x, y, x_held, y_held, x_test, y_test = tensors(data.x_train, data.y_train, *held, data.x_test, data.y_test)
 
     def loss_of(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if data.loss == "mse":
@@ -208,15 +209,22 @@ def _train_torch(run: Run, data: Dataset, held: Samples, calibration: dict[str, 
         with torch.no_grad():
             train_loss = float(loss_of(_outputs(model, x), y))
             validation_loss = math.nan
-            if len(held[0]):
-                validation_loss = float(loss_of(_outputs(model, torch.from_numpy(held[0])), torch.from_numpy(held[1])))
-            outputs, targets = _outputs(model, torch.from_numpy(data.x_test)), torch.from_numpy(data.y_test)
+            if len(x_held):
+                validation_loss = float(loss_of(_outputs(model, x_held), y_held))
+            outputs = _outputs(model, x_test)
             if data.loss == "mse":
-                accuracy = 1 - float(mse_loss(outputs, targets) / targets.var())
+                accuracy = 1 - float(mse_loss(outputs, y_test) / y_test.var())
             else:
-                accuracy = float((outputs.argmax(-1) == targets).float().mean())
+                accuracy = float((outputs.argmax(-1) == y_test).float().mean())
     last_fifth, curve = _summary(torch.stack(steps).numpy(), run, len(x))
     return Result(train_loss, validation_loss, last_fifth, accuracy, init_seconds, seconds, status, curve)
+
+
+def tensors(*arrays: npt.NDArray[Any]) -> tuple[Any, ...]:
+    """Arrays as tensors: copies of those that may not be written to, as a cluster's may not."""
+    import torch
+
+    return tuple(torch.from_numpy(np.require(array, requirements="W")) for array in arrays)
 
 
 def _outputs(model: Any, x: Any) -> Any:

@@ -77,6 +77,17 @@ def test_keras_baselines_have_the_same_scale(name):
         assert std == pytest.approx(STATED[name](n, m, k), rel=0.08)
 
 
+def test_arrays_that_may_not_be_written_to_are_trained_on_as_copies():
+    """A cluster hands out such."""
+    frozen = replace(
+        FIRST, **{name: getattr(FIRST, name).copy() for name in ("x_train", "y_train", "x_test", "y_test")}
+    )
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        getattr(frozen, name).setflags(write=False)
+    assert training.train(RUN, frozen).train_loss == training.train(RUN, FIRST).train_loss  # and no warning
+    assert kappa.measure(redraws([0]), frozen) == kappa.measure(redraws([0]), FIRST)
+
+
 def test_the_default_rows_are_those_of_the_slides_and_ours():
     assert len(DEFAULT_ROWS) == 10
     assert ("orthogonal", "relu") in DEFAULT_ROWS
