@@ -57,6 +57,13 @@ MINIATURES = {
     },
     "fig5b_robustness": {},
     "fig8_cost_and_gain": {},
+    "fig6_problems": {
+        "study": (("digits", "relu", 320, 1, ()), ("friedman", "relu", 320, 1, ("autoinit",))),
+        "initializers": ("he_normal", "budget"),
+        "rates": {"sgd": (0.1,), "adam": (1e-3,)},
+        "seeds": (0, 1),
+        "jobs": 1,
+    },
     "fig9_layers": {
         "nets": (("mlp", "relu"), ("lenet", "relu")),
         "steps": (("sgd", 0.01), ("adam", 3e-3)),
@@ -281,6 +288,21 @@ def test_the_table_of_rivals_has_every_run():
     table = pd.read_csv(FIGURES / "fig5_learning_rates.csv")
     asked = len(script.ROWS) * sum(map(len, script.RATES.values())) * len(script.SEEDS)
     assert len(table) == len(table.drop_duplicates(["initializer", "optimizer", "lr", "seed"])) == asked
+
+
+def test_the_readmes_table_of_problems_is_the_committed_one():
+    import fig6_problems as script
+
+    table = pd.read_csv(FIGURES / "fig6_problems.csv")
+    rows = script.readme_rows(table)
+    assert _table("| at its own best rate") == rows
+    ratios = [[float(x) for x in cell.split(" / ")] for row in rows for cell in (row[4], row[8])]
+    nearer = f"than the rival's in {sum(ours < theirs for ours, theirs in ratios)} of the {len(ratios)} cases"
+    assert nearer in " ".join((ROOT / "README.md").read_text().split())
+    names = sum(len(script.INITIALIZERS) + len(own) for *_, own in script.STUDY)
+    asked = names * sum(map(len, script.RATES.values())) * len(script.SEEDS)
+    key = ["problem", "activation", "initializer", "optimizer", "lr", "seed"]
+    assert len(table) == len(table.drop_duplicates(key)) == asked
 
 
 def test_the_readme_says_where_the_curvature_goes():
