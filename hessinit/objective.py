@@ -86,6 +86,11 @@ class Objective:
         self._apply: Callable[[Named, Callable[[], Any]], Any] | None = None
         self._constants: list[Any] | None = None
         self._kept: list[Chunk] | None = None
+        self._forms: dict[str, Callable[[Array, Any], Array]] = {  # of z and (batch, targets, ...)
+            "outputs": lambda z, data: z,
+            "total": lambda z, data: self.loss.total(z, data[1]),
+            "along": lambda z, data: self.network.arrays.sum(z * data[2]),
+        }
         with self.named_errors():
             self.batches = Batches(batch, self.network.arrays.is_array, progress)
         with self.named_errors(), self._random_state():
@@ -142,19 +147,13 @@ class Objective:
             self._kept = [self._chunk(part) for part in self.batches.split(whole, self.chunk_size)]
         yield from self._kept
 
-    def _functions(self) -> tuple[Callable[[Any, Named], Array], ...]:
-        """Outputs, total loss and outputs along c, of (data, values): new ones, of the model as it is."""
+    def _functions(self) -> dict[str, Callable[[Any, Named], Array]]:
+        """The functions of (data, values): new ones, of the model as it is."""
 
-        def outputs(data: Any, values: Named) -> Array:
-            return self._run(data[0], values)[0]
+        def of(form: Callable[[Array, Any], Array]) -> Callable[[Any, Named], Array]:
+            return lambda data, values: form(self._run(data[0], values)[0], data)
 
-        def total(data: Any, values: Named) -> Array:
-            return self.loss.total(outputs(data, values), data[1])
-
-        def along(data: Any, values: Named) -> Array:
-            return self.network.arrays.sum(outputs(data, values) * data[2])
-
-        return outputs, total, along
+        return {name: of(form) for name, form in self._forms.items()}
 
     def _run(self, batch: Any, values: Named) -> tuple[Array, Any]:
         """Outputs and targets as the model gives them."""
@@ -178,18 +177,15 @@ class Objective:
                 chunk.targets, chunk.shape = targets, tuple(z.shape)
             return z
 
-        def total(values: Named) -> Array:
-            z = outputs(values)
-            return self.loss.total(z, chunk.targets)
-
-        def along(c: Array) -> OnData:
-            return OnData(lambda values: self.network.arrays.sum(outputs(values) * c), wholes[2], lambda: data(c))
-
         def data(*more: Array) -> Any:
             return None if chunk.targets is None else (batch, chunk.targets, *more)
 
+        def on_data(name: str, *more: Array) -> OnData:
+            form = self._forms[name]
+            return OnData(lambda values: form(outputs(values), data(*more)), wholes[name], lambda: data(*more))
+
         wholes = self._wholes
-        chunk = Chunk(OnData(outputs, wholes[0], data), OnData(total, wholes[1], data), along, batch)
+        chunk = Chunk(on_data("outputs"), on_data("total"), lambda c: on_data("along", c), batch)
         return chunk
 
     def _forward(self, batch: Any) -> tuple[Any, Any]:

@@ -121,8 +121,7 @@ def draw(table: pd.DataFrame) -> Any:
             panel.set(xscale="log", yscale="log", xlabel=f"learning rate, {optimizer}", ylabel="train loss")
             plots.plain_numbers(panel.yaxis)
             panel.set_title(f"{models.PROBLEMS[problem].title}, {activation} ({group})", fontsize="medium")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    plots.legend_above(made, 4)
     return made
 
 

@@ -25,8 +25,8 @@ from hessinit.experiments.training import Run
 SEEDS = (0, 1, 2)
 RATES = {"sgd": (0.01, 0.03, 0.1, 0.3), "adam": (3e-4, 1e-3, 3e-3)}
 INITIALIZERS = (
-    *("torch_default", "he_normal", "glorot_uniform", "orthogonal_gain", "he_warmup", "lsuv", "closed_form", "budget"),
-)
+    "torch_default", "he_normal", "glorot_uniform", "orthogonal_gain", "he_warmup", "lsuv", "closed_form", "budget",
+)  # fmt: skip
 # problem, activation, train samples, epochs, initializers of its own; GradInit where its 390 steps are affordable
 STUDY = (
     ("mlp6", "relu", 25_600, 1, ("autoinit", "gradinit")),
@@ -83,8 +83,7 @@ def draw(table: pd.DataFrame) -> Any:
             panel.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
             panel.set_xticks([], minor=True)
             panel.set_title(f"{models.PROBLEMS[problem].title}, {activation}", fontsize="medium")
-    named = {label: line for panel in axes.flat for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    made.legend(named.values(), named.keys(), loc="outside upper center", ncols=4, frameon=False)
+    plots.legend_above(made, 4)
     return made
 
 

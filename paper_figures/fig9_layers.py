@@ -7,7 +7,6 @@ batch that the calibration did not see, and the scale that the layer was given; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import hessinit
 from hessinit import curvature
 from hessinit.experiments import data, models, plots
-from hessinit.experiments.training import torch_net
+from hessinit.experiments.training import tensors, torch_net
 
 NETS = (("mlp", "relu"), ("mlp12", "tanh"), ("lenet", "relu"), ("resnet_bn", "relu"), ("vit", "gelu"))
 STEPS = (("sgd", 0.01), ("sgd", 0.3), ("adam", 1e-4), ("adam", 3e-3))
@@ -34,11 +33,9 @@ def compute(
 ) -> Iterator[dict[str, Any]]:
     """A row a weight, net, seed and step, and one for He's weights and the closed form, which know no step."""
     loaded = data.load(dataset)
-    seen, other = (
-        replace(loaded, x_train=loaded.x_train[part], y_train=loaded.y_train[part])
-        for part in (slice(0, 5000), slice(-samples, None))
+    seen, batch = (
+        tensors(loaded.x_train[part], loaded.y_train[part]) for part in (slice(0, 5000), slice(-samples, None))
     )
-    batch = torch.from_numpy(other.x_train), torch.from_numpy(other.y_train)
     for problem, activation in nets:
         for seed in seeds:
             for name in ("he_normal", "closed_form"):
@@ -47,9 +44,8 @@ def compute(
             for kind, lr in steps:
                 net = torch_net(problem, loaded, "budget", activation, seed)
                 optimizer = OPTIMIZERS[kind](net.parameters(), lr=lr)
-                pair = torch.from_numpy(seen.x_train), torch.from_numpy(seen.y_train)
                 _, report = hessinit.init_(
-                    net, pair, "cross_entropy", optimizer=optimizer, seed=seed, progress=False, return_report=True
+                    net, seen, "cross_entropy", optimizer=optimizer, seed=seed, progress=False, return_report=True
                 )
                 yield from _rows(net, batch, report.calibration.scales, problem, activation, "budget", kind, lr, seed)
 
@@ -84,8 +80,7 @@ def draw(table: pd.DataFrame) -> Any:
         panel.set(yscale="log", xlabel="layer", ylabel="layer curvature")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_title(f"{models.PROBLEMS[problem].title}, {activation}", fontsize="medium")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    plots.legend_above(made, 3)
     return made
 
 

@@ -75,6 +75,15 @@ def plain_numbers(axis: Axis, subs: Sequence[float] = (1, 2, 5)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def legend_above(made: Figure, columns: int) -> None:
+    """One legend above all panels, of every label that one of them has."""
+    named: dict[str, Any] = {}
+    for panel in made.axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
+    made.legend(named.values(), named.keys(), loc="outside upper center", ncols=columns, frameon=False)
+
+
 def rates(axes: Axes, line: DataFrame, name: str) -> None:
     """One initializer against the learning rate: mean and deviation over seeds; where a run diverged, a gap.
 
