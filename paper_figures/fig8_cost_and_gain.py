@@ -43,15 +43,15 @@ def compute(runs: Path = RUNS) -> Iterator[dict[str, Any]]:
 def draw(table: pd.DataFrame) -> Any:
     """A panel an optimizer."""
     optimizers = list(dict.fromkeys(table.optimizer))
-    made, axes = plots.figure(1, len(optimizers), 5, 4.4)
+    made, axes = plots.figure(1, len(optimizers), 4, 4)
     for panel, optimizer in zip(axes[0], optimizers, strict=True):
         for row in table[table.optimizer == optimizer].itertuples():
-            panel.plot(row.init_seconds, row.area_over_he, "o", color=plots.COLOURS[row.initializer])
-            text = INITIALIZERS[row.initializer].label
-            panel.annotate(text, (row.init_seconds, row.area_over_he), (4, 2), textcoords="offset points", fontsize=7)
+            marker = "D" if row.initializer in plots.DASHED else "o"
+            colour, label = plots.COLOURS[row.initializer], INITIALIZERS[row.initializer].label
+            panel.plot(row.init_seconds, row.area_over_he, marker, color=colour, label=label)
         panel.axhline(1, color="0.7", linewidth=0.8)
-        panel.set(xscale="log", xlabel="seconds to initialise", ylabel=f"mean loss over training / He's, {optimizer}")
-        panel.margins(x=0.25)
+        panel.set(xscale="log", xlabel="seconds to initialise", ylabel=f"mean loss / He's, {optimizer}")
+    plots.legend_above(made, 5)
     return made
 
 

@@ -56,6 +56,15 @@ MINIATURES = {
         "jobs": 1,
     },
     "fig5b_robustness": {},
+    "fig7_depth": {
+        "depths": (2, 6),
+        "initializers": ("he_normal", "budget"),
+        "steps": (("sgd", 0.1),),
+        "seeds": (0, 1),
+        "samples": 256,
+        "dataset": "fashion_mnist_mini",
+        "jobs": 1,
+    },
     "fig8_cost_and_gain": {},
     "fig6_problems": {
         "study": (("digits", "relu", 320, 1, ()), ("friedman", "relu", 320, 1, ("autoinit",))),
@@ -93,6 +102,7 @@ def test_every_script_has_its_table_pictures_and_miniature():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_committed_tables_are_drawn(name, tmp_path):
     drawn = importlib.import_module(name).draw(pd.read_csv(FIGURES / f"{name}.csv"))
+    drawn.set_layout_engine("none")  # half of the time
     drawn.savefig(tmp_path / "again.png")
     assert (tmp_path / "again.png").stat().st_size > 10_000
 
@@ -288,6 +298,63 @@ def test_the_table_of_rivals_has_every_run():
     table = pd.read_csv(FIGURES / "fig5_learning_rates.csv")
     asked = len(script.ROWS) * sum(map(len, script.RATES.values())) * len(script.SEEDS)
     assert len(table) == len(table.drop_duplicates(["initializer", "optimizer", "lr", "seed"])) == asked
+
+
+def test_the_readme_says_how_the_rivals_did():
+    table = pd.read_csv(FIGURES / "fig5b_robustness.csv").set_index(["optimizer", "initializer"])
+    momentum = table.loc["momentum"]
+    best = momentum["mean"].drop(["budget", "budget_unpaired"])
+    assert best.idxmin() == "closed_form"
+    found = [momentum["mean"]["budget"], best.min(), best["he_normal"]]
+    assert [f"{loss:.3f}" for loss in found] == ["0.330", "0.332", "0.335"]
+    assert [f"{momentum.worst_over_best[name]:.2f}" for name in ("budget", "he_normal")] == ["1.02", "1.52"]
+    for name in ("he_warmup", "lsuv", "autoinit", "balanced", "zero_output", "gradinit"):
+        assert table.high["sgd", name] > 0
+    assert table.low["sgd", "metainit"] > 0.03
+    adam = table.loc["adam"]
+    assert adam.lr["budget"] == 0.003
+    assert adam.low["budget"] > 0
+    assert f"{adam.difference['budget']:.3f}" == "0.008"
+    for name in ("orthogonal_gain", "closed_form"):
+        assert adam.low[name] < 0 < adam.high[name]
+    assert 5 < adam.width["budget"] / adam.width["he_normal"] < adam.width["gradinit"] / adam.width["he_normal"]
+    runs = pd.read_csv(FIGURES / "fig5_learning_rates.csv")
+    here = runs[(runs.optimizer == "adam") & (runs.lr == 0.001)].groupby("initializer").last_fifth_loss.mean()
+    assert f"{here['budget'] - here['he_normal']:.3f}" == "0.003"
+    small = runs[(runs.optimizer == "sgd") & (runs.lr < 0.1) & (runs.initializer == "gradinit")]
+    assert set((small.last_fifth_loss > 1).groupby(small.lr).sum()) == {1, 3}
+    shares = pd.read_csv(FIGURES / "fig8_cost_and_gain.csv").groupby("initializer").share
+    ends = {name: [f"{share:.0%}" for share in (own.min(), own.max())] for name, own in shares}
+    assert ends["metainit"] == ["60%", "72%"]
+    assert ends["budget"] == ["5%", "6%"]
+    assert ends["gradinit"] == ["46%", "54%"]
+
+
+def test_the_readmes_depths_are_the_committed_ones():
+    import fig7_depth as script
+
+    table = pd.read_csv(FIGURES / "fig7_depth.csv")
+    assert len(table) == len(script.DEPTHS) * 2 * len(script.STEPS) * len(script.ROWS) * len(script.SEEDS)
+    losses = table.last_fifth_loss.fillna(math.log(10)).clip(upper=3)
+    keys = [table.optimizer, table.lr, table.activation, table.initializer, table.problem]
+    mean = losses.groupby(keys).mean().unstack()
+    small = mean.loc["sgd", 0.01]
+    assert f"{small.xs('budget', level=1).min().min():.2f} {small.xs('budget', level=1).max().max():.2f}" == "0.49 0.61"
+    assert small.mlp100[small.mlp100 < 1].index.tolist() == [
+        ("relu", "budget"),
+        ("tanh", "budget"),
+        ("tanh", "closed_form"),
+    ]
+    large = mean.loc["sgd", 0.1]
+    for activation, expected in (("relu", ["0.60", "1.67"]), ("tanh", ["0.58", "0.75"])):
+        best = large.loc[activation].mlp30.sort_values()
+        assert best.index[0] == "budget"
+        assert [f"{loss:.2f}" for loss in best[:2]] == expected
+    assert large.mlp50.min() > 1.5
+    adam = mean.loc["adam", 0.001]
+    assert (adam.loc["relu"].idxmin()[["mlp12", "mlp30", "mlp50", "mlp100"]] == "budget").all()
+    both = adam.loc["tanh"].loc[["budget", "lsuv"], ["mlp50", "mlp100"]]
+    assert [f"{loss:.2f}" for loss in both.to_numpy().ravel()] == ["1.27", "2.06", "0.91", "1.44"]
 
 
 def test_the_readmes_table_of_problems_is_the_committed_one():

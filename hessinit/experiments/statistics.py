@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,41 +35,33 @@ def at_each_rate(
         Columns ``seeds, diverged, mean, sd, validation`` (mean validation loss), ``difference`` (its mean over seeds),
         ``low`` and ``high`` (its confidence interval); NaN where there is nothing to pair.
     """
-    reference = runs[runs.initializer == baseline].set_index([*PROBLEM, "lr", "seed"])[column]
-    found = []
-    for key, group in runs.groupby([*ROW, "lr"], sort=False):
-        values = group.set_index([*PROBLEM, "lr", "seed"])[column]
-        differences = (values - reference.reindex(values.index)).to_numpy(float)
-        low, high = interval(differences, level)
-        lost = values.isna()
-        found.append(
-            dict(zip([*ROW, "lr"], key, strict=True))
-            | {
-                "seeds": len(values),
-                "diverged": int(lost.sum()),
-                "mean": math.inf if lost.any() else float(values.mean()),
-                "sd": float(values.std(ddof=1)),
-                "validation": math.inf if lost.any() else float(group.validation_loss.mean()),
-                "difference": float(differences.mean()),
-                "low": low,
-                "high": high,
-            }
-        )
-    return pd.DataFrame(found)
+    paired = _paired(runs, [*PROBLEM, "lr", "seed"], column, baseline)
+    groups = paired.assign(lost=paired[column].isna()).groupby([*ROW, "lr"], sort=False)
+    found = groups.agg(
+        seeds=("seed", "size"),
+        diverged=("lost", "sum"),
+        mean=(column, "mean"),
+        sd=(column, "std"),
+        validation=("validation_loss", "mean"),
+    )
+    found.loc[found.diverged > 0, ["mean", "validation"]] = math.inf
+    return found.join(_differences(groups, level)).reset_index()
 
 
-def interval(values: npt.ArrayLike, level: float) -> tuple[float, float]:
-    """Confidence interval of a mean, by Student's t; NaN for less than two values or one that is NaN.
+def _paired(runs: pd.DataFrame, on: list[str], column: str, baseline: str) -> pd.DataFrame:
+    """Runs, with their ``difference`` to the baseline's that agree with them."""
+    theirs = runs.loc[runs.initializer == baseline, [*on, column]]
+    paired = runs.merge(theirs, how="left", on=on, suffixes=("", "_baseline"), validate="m:1")
+    return paired.assign(difference=paired[column] - paired[f"{column}_baseline"])
 
-    Example:
-        >>> [round(end, 3) for end in interval([1.0, 2.0, 3.0], 0.95)]
-        [-0.484, 4.484]
-    """
-    values = np.asarray(values, np.float64)
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = float(student.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return float(values.mean()) - half, float(values.mean()) + half
+
+def _differences(groups: Any, level: float) -> pd.DataFrame:
+    """Of each group: mean ``difference``, ``low`` and ``high``; NaN where one of them is."""
+    numbers = groups.difference.agg(["count", "size", "mean", "std"])
+    whole = numbers[numbers["count"] == numbers["size"]]
+    half = student.ppf((1 + level) / 2, whole["size"] - 1) * whole["std"] / np.sqrt(whole["size"])
+    found = {"difference": whole["mean"], "low": whole["mean"] - half, "high": whole["mean"] + half}
+    return pd.DataFrame(found).reindex(numbers.index)
 
 
 def at_best_rate(
@@ -84,14 +77,8 @@ def at_best_rate(
     rates = rates[np.isfinite(rates.validation)]
     best = rates.loc[rates.groupby(ROW, sort=False).validation.idxmin()].drop(columns=["difference", "low", "high"])
     chosen = runs.merge(best[[*ROW, "lr"]], on=[*ROW, "lr"])
-    theirs = chosen.loc[chosen.initializer == baseline, [*PROBLEM, "seed", column]]
-    paired = chosen.merge(theirs, on=[*PROBLEM, "seed"], suffixes=("", "_baseline"))
-    paired["difference"] = paired[column] - paired[f"{column}_baseline"]
-    found = []
-    for key, differences in paired.groupby(ROW, sort=False).difference:
-        found.append((*key, differences.mean(), *interval(differences, level)))
-    differences = pd.DataFrame(found, columns=[*ROW, "difference", "low", "high"])
-    return best.merge(differences, on=ROW, how="left").drop(columns="validation")
+    groups = _paired(chosen, [*PROBLEM, "seed"], column, baseline).groupby(ROW, sort=False)
+    return best.merge(_differences(groups, level).reset_index(), on=ROW, how="left").drop(columns="validation")
 
 
 def robustness(runs: pd.DataFrame, column: str = "last_fifth_loss", within: float = 0.05) -> pd.DataFrame:

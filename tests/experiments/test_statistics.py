@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hessinit.experiments.statistics import area_under, at_best_rate, at_each_rate, interval, robustness, steps_to
+from hessinit.experiments.statistics import area_under, at_best_rate, at_each_rate, robustness, steps_to
 
 LRS = (0.01, 0.1, 1.0)
 
@@ -95,8 +95,17 @@ def test_the_range_of_good_rates_ends_where_the_line_crosses_the_bound():
 
 
 def test_a_rate_with_one_seed_has_no_interval():
-    assert all(map(math.isnan, interval([1.0], 0.95)))
-    assert all(map(math.isnan, interval([1.0, math.nan], 0.95)))
+    rates = at_each_rate(RUNS[RUNS.seed == 0])
+    assert rates.low.isna().all()
+    assert rates.difference.notna().any()
+
+
+def test_a_difference_with_a_run_that_diverged_is_none():
+    runs = RUNS.copy()
+    runs.loc[runs.index[0], "last_fifth_loss"] = math.nan
+    rates = at_each_rate(runs)
+    assert rates.difference.isna().sum() > at_each_rate(RUNS).difference.isna().sum()
+    assert math.isinf(rates["mean"][0])
 
 
 def test_curves():
