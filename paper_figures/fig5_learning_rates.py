@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2, 3, 4)
 RATES = {
     "sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 0.6),
     "momentum": (1e-3, 3e-3, 0.01, 0.03),
-    "adam": (1e-4, 3e-4, 1e-3, 3e-3, 0.01),
+    "adam": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01),
 }
 ROWS = (
     *("he_normal", "he_warmup", "glorot_uniform", "torch_default", "orthogonal_gain", "slides", "lsuv", "gradinit"),
