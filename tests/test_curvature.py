@@ -172,6 +172,20 @@ def test_scipy_eigenvalues_and_spectral_density():
         assert np.mean(np.abs(density.density - smooth) <= 4 * density.standard_error + 1e-3) > 0.95
 
 
+def test_the_largest_eigenvalue_in_single_precision_takes_few_products():
+    case = MODELS["lenet tanh"]
+    operator = curvature.hessian(copy.deepcopy(case.model).float(), (case.batch[0].float(), case.batch[1]), case.loss)
+    true, vectors = np.linalg.eigh(truth("lenet tanh")[0].numpy())
+    products = []
+    plain = type(operator).__matmul__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(operator), "__matmul__", lambda self, v: products.append(v) or plain(self, v))
+        values, found = operator.eigsh(k=1)
+    close(values, true[-1:], 1e-5)
+    assert abs(found[:, 0] @ vectors[:, -1]) == pytest.approx(1, abs=1e-5)
+    assert len(products) < 30
+
+
 # ---- estimates -----------------------------------------------------------------------------------------------------
 
 
