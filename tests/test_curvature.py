@@ -163,7 +163,7 @@ def test_scipy_eigenvalues_and_spectral_density():
         scipy = operator.block("4.weight", "0.weight").to_scipy()
         u, v = np.random.default_rng(0).normal(size=(2, 20))[:, : scipy.shape[0]], np.ones(scipy.shape[1])
         assert abs(u[0] @ scipy.matvec(v) - scipy.rmatvec(u[0]) @ v) < 1e-12
-        density = operator.spectral_density(num_probes=30, steps=60, width=0.02)
+        density = operator.spectral_density(num_probes=20, steps=45, width=0.02)
         assert abs(np.trapezoid(density.density, density.grid) - 1) < 1e-3
         for power, moment in ((1, true.trace()), (2, true.square().sum())):
             mean, error = density.moment(power)
