@@ -13,7 +13,6 @@ plain nets and LeNet-5; and once more without units in pairs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[Task]:
     """Of every row, with its set and c."""
     for group, problem, activation, samples, epochs, count in study:
         whole = data.load(models.PROBLEMS[problem].dataset)
-        few = replace(whole, x_train=whole.x_train[:samples], y_train=whole.y_train[:samples])
+        few = whole.first(samples)
         for optimizer, lrs in LRS.items():
             c = C[optimizer]
             lines: list[tuple[str, float | None]] = [*((name, None) for name in RIVALS), ("budget", c), (UNPAIRED, c)]

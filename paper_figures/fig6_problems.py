@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,7 @@ def compute(
     for seed in seeds:
         for problem, activation, samples, epochs, own in study:
             whole = loaded[models.PROBLEMS[problem].dataset]
-            few = replace(whole, x_train=whole.x_train[:samples], y_train=whole.y_train[:samples])
+            few = whole.first(samples)
             validation = len(few.x_train) // 10
             for name, (optimizer, lrs) in itertools.product((*initializers, *own), rates.items()):
                 setting = (problem, "torch", few.name, name, activation, optimizer)

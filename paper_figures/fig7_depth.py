@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def compute(
 ) -> Iterator[dict[str, Any]]:
     """A row a run."""
     whole = data.load(dataset)
-    few = replace(whole, x_train=whole.x_train[:samples], y_train=whole.y_train[:samples])
+    few = whole.first(samples)
     tasks = (
         Task(Run(f"mlp{depth}", "torch", few.name, name, activation, optimizer, lr, 1, 64, seed), few)
         for seed in seeds

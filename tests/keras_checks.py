@@ -1,6 +1,5 @@
 """The Keras side, on the backend that KERAS_BACKEND names. Run for each backend by ``test_keras.py``."""
 
-import dataclasses
 import json
 import math
 import os
@@ -468,8 +467,7 @@ def test_a_net_trains_from_it():
     """The same net on 2,560 of the shipped images, 40 steps: better from HessianInit than from Keras's default."""
     from hessinit.experiments import data, training
 
-    loaded = data.load("fashion_mnist_mini")
-    loaded = dataclasses.replace(loaded, x_train=loaded.x_train[:2560], y_train=loaded.y_train[:2560])
+    loaded = data.load("fashion_mnist_mini").first(2560)
     keys = {"activation": "relu", "optimizer": "sgd", "lr": 0.01, "epochs": 1, "batch_size": 64, "seed": 0}
     losses = {
         name: training.train(training.Run("mlp", "keras", loaded.name, name, **keys), loaded).train_loss

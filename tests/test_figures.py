@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -148,8 +147,7 @@ def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 def test_a_study_makes_the_rows_that_are_missing():
-    whole = data.load("digits")
-    few = replace(whole, x_train=whole.x_train[:256], y_train=whole.y_train[:256])
+    few = data.load("digits").first(256)
     tasks = [
         study.Task(training.Run("digits", "torch", "digits", "he_normal", "relu", "sgd", lr, 1, 64, 0), few, 9.0)
         for lr in (0.1, 1 / 3)

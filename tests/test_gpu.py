@@ -147,3 +147,30 @@ def test_out_of_its_memory_every_weight_is_as_it_was():
         hessinit.init_(model, data("cuda"), "cross_entropy", lr=0.1)
     assert len(calls) > 4
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def images():
+    """A net that is not whole before it has seen data, and a batch for it, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(64, 1, 8, 8, generator=generator), torch.randint(0, 4, (64,), generator=generator)
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)), batch
+
+
+def test_a_lazy_net_has_the_budget_of_the_cpu():
+    found = []
+    for device in ("cpu", "cuda"):
+        model, batch = images()
+        x, y = (t.to(device) for t in batch)
+        model = hessinit.init_(model.to(device), x, seed=0)
+        _, report = hessinit.init_(model, (x, y), "cross_entropy", lr=0.1, seed=0, return_report=True)
+        found.append([row.scale for row in report if row.role == "weight"])
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+
+
+def test_layer_traces_are_those_of_the_cpu():
+    model, batch = images()
+    model = hessinit.init_(model, batch[0], seed=0)
+    ours = curvature.layer_traces(model, batch, "cross_entropy", seed=0)
+    on_device = tuple(t.to("cuda") for t in batch)
+    theirs = curvature.layer_traces(model.to("cuda"), on_device, "cross_entropy", seed=0)
+    assert list(theirs.values()) == pytest.approx(list(ours.values()), rel=1e-3)

@@ -60,6 +60,10 @@ class Dataset:
         """``"cross_entropy"`` or, for regression, ``"mse"``."""
         return "mse" if np.issubdtype(self.y_train.dtype, np.floating) else "cross_entropy"
 
+    def first(self, samples: int) -> Dataset:
+        """With the first train samples alone."""
+        return replace(self, x_train=self.x_train[:samples], y_train=self.y_train[:samples])
+
     def split(self, validation: int) -> tuple[Dataset, Samples]:
         """Without some train samples, of this number, and these: drawn once, whatever the run's seed.
 
