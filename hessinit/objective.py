@@ -86,6 +86,7 @@ class Objective:
         self._apply: Callable[[Named, Callable[[], Any]], Any] | None = None
         self._constants: list[Any] | None = None
         self._kept: list[Chunk] | None = None
+        self._shared: dict[Any, Any] | None = None
         self._forms: dict[str, Callable[[Array, Any], Array]] = {  # of z and (batch, targets, ...)
             "outputs": lambda z, data: z,
             "total": lambda z, data: self.loss.total(z, data[1]),
@@ -251,6 +252,30 @@ class Objective:
             finally:
                 self._apply = None
 
+    @contextlib.contextmanager
+    def linearized(self) -> Iterator[None]:
+        """The model as it is now: inside, what passes for several vectors share is computed once.
+
+        Only where the data goes through the model in one chunk, as memory is to be that of one.
+        """
+        if self._shared is not None:
+            yield
+            return
+        with self.named_errors(), self._random_state(), self._applied():
+            self._shared = {}
+            try:
+                yield
+            finally:
+                self._shared = None
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What make gives, from the first time where linearizations are shared."""
+        if self._shared is None or self._kept is None or len(self._kept) > 1:
+            return make()
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def _not_finite(self, chunk: Chunk) -> str:
         arrays = self.network.arrays
         parts = [x for x in self.batches.arrays(chunk.batch) if isinstance(x, np.ndarray) or arrays.is_floating(x)]
@@ -325,20 +350,31 @@ class Objective:
 
     def product(self, tangents: Named, rows: Sequence[str]) -> dict[str, Array]:
         """Rows of ``G v``: one JVP and one VJP."""
+        derivatives, cols = self.network.derivatives, list(tangents)
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
-            values = self.values(tangents, rows)
-            z, dz, pull = self.network.derivatives.jvp_vjp(chunk.outputs, values, tangents, rows)
+            values = self.values(cols, rows)
+            if self._shared is None:
+                z, dz, pull = derivatives.jvp_vjp(chunk.outputs, values, tangents, rows)
+            else:
+                key = ("product", *cols, None, *rows)
+                z, push, pull = self._once(key, lambda: derivatives.linearize(chunk.outputs, values, cols, rows))
+                dz = push(tangents)
             return z, pull(self.loss.product(z, chunk.targets, dz))
 
         return dict(self.over_data(work))
 
     def exact_product(self, tangents: Named, rows: Sequence[str]) -> dict[str, Array]:
         """Rows of ``H v``, H the exact Hessian: the derivative of ``gᵀv``, or of g along v, as the backend does it."""
+        derivatives, cols = self.network.derivatives, list(tangents)
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
-            values = self.values(tangents, rows)
-            return self.network.derivatives.hvp(chunk.total, values, tangents, rows)
+            values = self.values(cols, rows)
+            if self._shared is None:
+                return derivatives.hvp(chunk.total, values, tangents, rows)
+            key = ("exact product", *cols, None, *rows)
+            value, along = self._once(key, lambda: derivatives.curve(chunk.total, values, cols, rows))
+            return value, along(tangents)
 
         return dict(self.over_data(work))
 
@@ -346,25 +382,83 @@ class Objective:
         """The random numbers of one probe of the trace."""
         return stream(self.seed, "signs", str(probe), *[self.group.rank] * (self.group.size > 1))
 
-    def squares(self, names: Sequence[str], probe: int, reduce: Callable[[Array], Any]) -> dict[str, Any] | None:
-        """``Σ reduce(g²)`` over chunks, g = ``Jᵀ R ε`` with random signs ε: unbiased for traces and the diagonal.
+    def squares(
+        self, names: Sequence[str], probe: int, of_squares: Callable[[Array], Any], of_gradient: Callable[[Array], Any]
+    ) -> dict[str, Any] | None:
+        """The diagonal, reduced, from ``g_s = J_sᵀ R_s ε_s`` with random signs ε: unbiased, one backward pass.
 
-        One backward pass. None for a loss without an analytic root.
+        ``Σ_s g_s²`` over samples where these can be told apart, else ``(Σ_s g_s)²``, whose expectation is the same and
+        whose spread is larger, by products of different samples. None for a loss without an analytic root.
         """
         if not self.loss.analytic_root:
             return None
         rng = self.probe_stream(probe)
 
         def work(chunk: Chunk) -> tuple[Array, Any]:
-            z, pull = self.network.derivatives.vjp(chunk.outputs, self.values(names))
+            apart = self._once(("apart", *names), lambda: self._apart(chunk, names))
+            z, pull = apart or self._once(
+                ("vjp", *names), lambda: self.network.derivatives.vjp(chunk.outputs, self.values(names))
+            )
             epsilon = self.network.arrays.asarray(signs(rng, z.shape), z)
             rooted = self.loss.root(z, chunk.targets, epsilon)
-            return z, {name: reduce(g) for name, g in pull(rooted).items()}
+            squares, gradients = pull(rooted) if apart else ({}, pull(rooted))
+            found = {name: of_squares(s) for name, s in squares.items()}
+            found |= {name: of_gradient(g) for name, g in gradients.items() if name in names}
+            return z, {name: found[name] for name in names}
 
         return dict(self.over_data(work))
 
+    def diagonal(self, names: Sequence[str]) -> dict[str, Array]:
+        """The diagonal in full: a backward pass for each output of one sample, for all samples at once.
+
+        For each output of each sample where samples cannot be told apart.
+        """
+
+        def work(chunk: Chunk) -> tuple[Array, Any]:
+            apart = self._apart(chunk, names) if self.loss.analytic_root else None
+            sums: dict[str, Array] = {}
+            if apart is not None:
+                z, pull = apart
+                unit = np.zeros((z.shape[0], int(np.prod(z.shape[1:]))))
+                for k in track(range(unit.shape[1]), "outputs", self.progress):
+                    unit[:] = 0
+                    unit[:, k] = 1
+                    column = self.network.arrays.asarray(unit.reshape(z.shape), z)
+                    new, _ = pull(self.loss.root(z, chunk.targets, column))
+                    sums = _add(sums, new) if sums else new
+            rest = [name for name in names if name not in sums]
+            if rest:
+                z, others = self._one_by_one(chunk, rest, lambda row: {n: g * g for n, g in row.items()})
+                sums |= others
+            return z, {name: sums[name] for name in names}
+
+        return dict(self.over_data(work))
+
+    def _apart(self, chunk: Chunk, names: Sequence[str]) -> tuple[Array, Any] | None:
+        """Outputs and a map ``u → (Σ_s (J_sᵀ u_s)² of some names, Jᵀu of the others)``; None if there are none such."""
+        samples = self.batches.samples(chunk.batch) or 0
+        few = min(2, samples - 1)
+        if few < 1:
+            return None
+        try:
+            first = self._chunk(next(iter(self.batches.split(chunk.batch, few))))
+            found = self.network.derivatives.squares(
+                chunk.outputs, first.outputs, self.values(names), names, samples, few
+            )
+        except Exception as error:  # a model of fixed batch size, an operation without a rule for rows, …
+            if out_of_memory(error):
+                raise
+            return None
+        return found
+
     def over_columns(self, names: Sequence[str], of: Callable[[dict[str, Array]], Any]) -> Any:
-        """``Σ of(Jᵀ r)`` over every column r of R, of being quadratic: a backward pass for each output entry.
+        """``Σ of(Jᵀ r)`` over every column r of R, of being quadratic: a backward pass for each output entry."""
+        return self.over_data(lambda chunk: self._one_by_one(chunk, names, of))
+
+    def _one_by_one(
+        self, chunk: Chunk, names: Sequence[str], of: Callable[[dict[str, Array]], Any]
+    ) -> tuple[Array, Any]:
+        """Outputs of a chunk, and its part of that sum.
 
         Samples go one at a time where that changes nothing (tried out on a random direction), so that a backward pass
         is one sample's.
@@ -378,18 +472,15 @@ class Objective:
                 sums = new if sums is None else _add(sums, new)
             return z, sums
 
-        def work(chunk: Chunk) -> tuple[Array, Any]:
-            split = self._separate(chunk, names)
-            if not split:
-                return columns(chunk)
-            sums: Any = None
-            for one in track(split, "samples", self.progress):
-                _, new = columns(one)
-                sums = new if sums is None else _add(sums, new)
-            z, _ = self.network.derivatives.jvp(chunk.outputs, self.placed, {})
-            return z, sums
-
-        return self.over_data(work)
+        split = self._separate(chunk, names)
+        if not split:
+            return columns(chunk)
+        sums: Any = None
+        for one in track(split, "samples", self.progress):
+            _, new = columns(one)
+            sums = new if sums is None else _add(sums, new)
+        z, _ = self.network.derivatives.jvp(chunk.outputs, self.placed, {})
+        return z, sums
 
     def num_outputs(self) -> int | None:
         """Entries of the outputs over all data, where it is in memory and has been through the model; else None."""

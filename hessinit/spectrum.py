@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import eigh_tridiagonal
-from scipy.sparse import linalg
 
 Vector = npt.NDArray[np.floating[Any]]
 
@@ -112,19 +111,101 @@ def spectral_density(
     return SpectralDensity(grid, densities.mean(axis=0), standard_error(densities), width, nodes, weights)
 
 
-def spectral_norm(operator: Any, symmetric: bool, start: Vector, tol: float = 0.0) -> float:
-    """Largest singular value of a ``scipy.sparse.linalg.LinearOperator``, by Lanczos.
+def eigenpairs(
+    product: Callable[[Vector], Vector],
+    start: Vector,
+    k: int = 1,
+    which: str = "LM",
+    tol: float = 0.0,
+    ncv: int | None = None,
+    maxiter: int | None = None,
+) -> tuple[Vector, Vector]:
+    """Some eigenvalues of a symmetric matrix with their vectors, by Lanczos with thick restarts.
+
+    Stops after the product with which every residual ``|A x - θ x|`` is below ``tol |θ|``, as the error of θ is of
+    second order in it; ARPACK looks only when its basis is full.
 
     Args:
-        operator: of shape (m, n), with an adjoint unless symmetric.
-        symmetric: whether it is.
-        start: vector of length min(m, n).
-        tol: relative accuracy; 0 for that of the arithmetic.
+        product: ``v → A v``.
+        start: vector of length n, not zero; its dtype is that of the basis.
+        k: how many, below n.
+        which: ``"LM"`` (largest magnitude), ``"LA"`` (largest), ``"SA"`` (smallest), ``"SM"`` (smallest magnitude).
+        tol: 0 for the accuracy of the dtype.
+        ncv: vectors in the basis, above k + 1; None for ``max(2k + 1, 20)``.
+        maxiter: restarts; None for 10 n.
+
+    Returns:
+        Eigenvalues of shape (k,), ascending, and eigenvectors of shape (n, k).
+
+    Raises:
+        RuntimeError: not converged after that many restarts.
+
+    Example:
+        >>> values, vectors = eigenpairs(lambda v: np.arange(100.0) * v, np.ones(100), k=2)
+        >>> values.round(6), np.abs(vectors[:, 1]).argmax()
+        (array([98., 99.]), np.int64(99))
+
+    References:
+        K. Wu, H. Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems", SIAM J. Matrix Anal.
+        Appl. 2000.
     """
-    if min(operator.shape) <= 16:  # where Lanczos has no room
-        thin = operator if operator.shape[1] <= operator.shape[0] else operator.H
-        return float(np.linalg.norm(thin @ np.eye(thin.shape[1]), 2))
-    if symmetric:
-        values = linalg.eigsh(operator, k=1, which="LM", v0=start, tol=tol, return_eigenvectors=False)
-        return float(abs(values[0]))
-    return float(linalg.svds(operator, k=1, v0=start, tol=tol, return_singular_vectors=False)[0])
+    n, dtype = start.size, start.dtype
+    size, restarts, refill = 0, 0, np.random.default_rng(0)
+    room = min(max(2 * k + 1, 20) if ncv is None else ncv, n)
+    tol = max(tol, float(np.finfo(dtype).eps))
+    basis, projected, w = np.zeros((room, n), dtype), np.zeros((room, room)), start
+    while True:
+        basis[size] = w / np.linalg.norm(w)
+        w = np.array(product(basis[size]), dtype)
+        size += 1
+        along = basis[:size] @ w
+        projected[:size, size - 1] = projected[size - 1, :size] = along
+        w -= along @ basis[:size]
+        w -= (basis[:size] @ w) @ basis[:size]  # twice is enough (Kahan, Parlett)
+        off = float(np.linalg.norm(w))
+        values, vectors = np.linalg.eigh(projected[:size, :size])
+        order = np.argsort(_RANKS[which](values))
+        residuals = off * np.abs(vectors[-1, order[:k]])
+        largest = float(np.abs(values).max())
+        bounds = tol * np.maximum(np.abs(values[order[:k]]), np.finfo(dtype).eps ** (2 / 3) * largest)
+        if (size > k and (residuals <= bounds).all()) or size == n:
+            chosen = np.sort(order[:k])
+            return values[chosen], basis[:size].T @ vectors[:, chosen].astype(dtype)
+        if size == room:
+            if restarts == (10 * n if maxiter is None else maxiter):
+                raise RuntimeError(f"{int((residuals > bounds).sum())} of {k} eigenvalues have not converged after "
+                                   f"{restarts} restarts: raise tol, ncv or maxiter")  # fmt: skip
+            restarts += 1
+            size = min(k + (room - k) // 2, room - 1)
+            best = order[:size]
+            basis[:size] = vectors[:, best].T.astype(dtype) @ basis
+            projected[:] = 0
+            projected[range(size), range(size)] = values[best]
+        if off <= np.finfo(dtype).eps * largest:  # the space is exhausted: on in a new direction
+            w = refill.standard_normal(n).astype(dtype)
+            for _ in range(2):
+                w -= (basis[:size] @ w) @ basis[:size]
+
+
+_RANKS: dict[str, Callable[[Vector], Vector]] = {
+    "LM": lambda x: -np.abs(x),
+    "LA": lambda x: -x,
+    "SA": lambda x: x,
+    "SM": np.abs,
+}
+
+
+def spectral_norm(
+    product: Callable[[Vector], Vector], adjoint: Callable[[Vector], Vector] | None, start: Vector, tol: float = 0.0
+) -> float:
+    """Largest singular value of a matrix, by Lanczos.
+
+    Args:
+        product: ``v → A v``.
+        adjoint: ``u → Aᵀu``; None for a symmetric A.
+        start: a vector v.
+        tol: relative accuracy; 0 for that of the dtype.
+    """
+    if adjoint is None:
+        return float(abs(eigenpairs(product, start, tol=tol)[0][0]))
+    return float(max(eigenpairs(lambda v: adjoint(product(v)), start, tol=tol)[0][0], 0.0) ** 0.5)

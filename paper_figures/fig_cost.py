@@ -1,23 +1,27 @@
-"""What curvature costs in time and memory, in units of the plain gradient, beside other libraries.
+"""What curvature costs in time and memory, in units of the plain gradient, and the error that it has, by library.
 
 Four nets in float32, random inputs, cross-entropy: an MLP 784-512-512-10 (ReLU, 512 samples), LeNet-5 (ReLU, 128 images
-of 28 × 28), a ResNet-8 (batch norm in evaluation mode, 128 images) and a causal transformer (four blocks of width 128,
-96 tokens, 16 texts of 64). The gradient is the user's: ``model(x)``, the loss, ``torch.autograd.grad``.
+of 28 × 28), ResNet-18 (batch norm in evaluation mode, 64 images of 64 × 64) and a GPT of 10.7 million parameters (six
+blocks of width 384, 96 tokens, 4 texts of 128). The gradient is the user's: ``model(x)``, the loss,
+``torch.autograd.grad``.
 
 * Time: operators are built and every operation is run once before the clock starts. A repetition runs all operations
   one after the other, the gradient first, and each time is divided by that gradient's; every repetition is a row.
 * Memory: the peak of what torch's allocator has handed out since the operation began (its result included), from the
   allocations that ``torch.profiler`` records in one more run. Unlike the process's resident size it does not depend on
   what ran before; it does not see NumPy's arrays nor oneDNN's scratch space.
-* The same work: before the clock starts, other libraries' results are compared with ours (to 1e-3; of one random vector
-  by the trace, averaged over several). curvlinops and PyHessian read the data anew for every product, as we do. The
-  largest eigenvalue is that of the exact Hessian: ours as it comes, which is to a residual of 1e-4, curvlinops'
-  operator in SciPy's ``eigsh`` to the same, PyHessian's power iteration as it comes, until a step changes the value by
-  less than 1e-3, which leaves it up to 5 % off.
-* Left out, all on the transformer: BackPACK, which has no rule for layer norm and attention; curvlinops' exact product
-  and eigenvalue, which are off by 3e-3, in the layer norms' weights (``torch.func.jvp`` of ``torch.func.jacrev`` loses
-  a part of their derivative); PyHessian's eigenvalue, for its time; the diagonal in full, a backward pass for each of
-  98,304 outputs. A library that is not installed has no rows. The transformer's fused attention has neither
+* Error: of a product, form or diagonal in full, the distance to ours in float64, relative to its length. Of a layer's
+  trace or of a diagonal by one random vector, the standard deviation over its size (of traces the root mean square
+  over layers), from 16 vectors: to an error ε it takes ``(error / ε)²`` of them. G and the exact H have one diagonal
+  on the first three nets; on the GPT they do not.
+* The largest eigenvalue is that of the exact Hessian, to 1 % of its value: each library with the loosest of some
+  settings (tolerance, number of steps; in the table) that gets there. PyHessian keeps its graph over the steps of an
+  eigenvalue, as we do; its product is from its loader, without one, as all libraries' are. That curvlinops' Lanczos
+  takes at least 20 products is SciPy's default; its exact product on the GPT is off by the error in the table (the
+  layer norms' weights), and so is its eigenvalue.
+* Hutchinson: ``v ⊙ H v`` by a double backward pass, the estimator of AdaHessian (Z. Yao et al., AAAI 2021).
+* Left out, all on the GPT: BackPACK, which has no rule for layer norm and attention; the diagonal in full, a backward
+  pass for each of 49,152 outputs. A library that is not installed has no rows. The GPT's fused attention has neither
   forward-mode nor second derivatives: other libraries run under ``sdpa_kernel(SDPBackend.MATH)``, which ours sets by
   itself; the gradient keeps the fused kernel.
 """
@@ -30,36 +34,35 @@ import importlib.metadata
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from cost import CrossEntropy, peak_memory, problem
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 from hessinit import curvature
 from hessinit.experiments import plots
-from hessinit.experiments.models import torch_mlp
 
-SAMPLES = {"MLP": 512, "LeNet-5": 128, "ResNet-8": 128, "transformer": 16}
-VOCABULARY, CONTEXT = 96, 64
+SAMPLES = {"MLP": 512, "LeNet-5": 128, "ResNet-18": 64, "GPT": 4}
 LONGEST = 6.0  # bar of times
-PROBES = 64  # of averages that are compared over libraries
-FULL, TOP = "diagonal, in full", "largest eigenvalue"  # slow: repeated less often
+VECTORS = 16  # behind the errors of random ones
+CLOSE = 0.01  # asked of eigenvalues
+TRACES, DIAGONAL, FULL, TOP = "layer traces", "diagonal", "diagonal, in full", "largest eigenvalue"
+RANDOM, SLOW = (TRACES, DIAGONAL), (FULL, TOP)
 LABELS = {
     "gradient": "gradient",
     "quadratic form": "quadratic form $v^T\\!Gv$",
     "product": "product $Gv$",
     "exact product": "exact product $Hv$",
     "cross block": "cross block $G_{ab}v_b$",
-    "layer traces": "layers' traces, 1 probe",
-    "diagonal": "diagonal, 1 probe",
+    TRACES: "layers' traces, 1 probe",
+    DIAGONAL: "diagonal, 1 probe",
     FULL: FULL,
     TOP: "largest eigenvalue of $H$",
 }
@@ -68,100 +71,12 @@ COLOURS = {
     "hessinit": plots.COLOURS["closed_form"],
     "curvlinops": plots.COLOURS["he_normal"],
     "PyHessian": plots.COLOURS["glorot_normal"],
+    "hessian-eigenthings": plots.COLOURS["slides"],
     "BackPACK": plots.COLOURS["orthogonal"],
+    "Hutchinson": plots.COLOURS["lsuv"],
 }
-PACKAGES = {
-    "PyTorch": "torch",
-    "hessinit": "hessinit",
-    "curvlinops": "curvlinops-for-pytorch",
-    "PyHessian": "pyhessian",
-    "BackPACK": "backpack-for-pytorch",
-}
-
-
-class LeNet(nn.Sequential):
-    """LeNet-5 with ReLU and max pooling."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *[nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)],
-            *[nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()],
-            *[nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)],
-        )
-
-
-class Residual(nn.Module):
-    """Two convolutions with batch norm beside the identity, or a narrow convolution where the shape changes."""
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        first = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        second = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.body = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), second, nn.BatchNorm2d(width))
-        narrow = nn.Conv2d(channels, width, 1, stride, bias=False)
-        self.short = nn.Identity() if stride == 1 else nn.Sequential(narrow, nn.BatchNorm2d(width))
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.body(x) + self.short(x))
-
-
-class ResNet(nn.Sequential):
-    """Three residual blocks of widths 16, 32, 64."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            *[nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()],
-            *[Residual(16, 16, 1), Residual(16, 32, 2), Residual(32, 64, 2)],
-            *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)],
-        )
-
-
-class Block(nn.Module):
-    """Causal attention and a two-layer net, each behind a layer norm and beside the identity."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), up, nn.GELU(), down)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (text, head, t, c)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-        return x + self.mlp(x)
-
-
-class Transformer(nn.Module):
-    """A small language model: the logits of the next token at every position."""
-
-    def __init__(self, width: int = 128, heads: int = 4, blocks: int = 4) -> None:
-        super().__init__()
-        self.token, self.position = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(blocks)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.token(tokens) + self.position.weight)))
-
-
-class CrossEntropy(nn.CrossEntropyLoss):
-    """With the classes on the last axis."""
-
-    def forward(self, z: Tensor, y: Tensor) -> Tensor:
-        return super().forward(z.flatten(0, -2), y.flatten())
-
-
-def problem(net: str, samples: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """A net with torch's own initial weights, inputs and targets."""
-    torch.manual_seed(0)
-    if net == "transformer":
-        tokens, following = torch.randint(VOCABULARY, (2, samples, CONTEXT))
-        return Transformer().eval(), tokens, following
-    made = torch_mlp((784, 512, 512, 10), "relu") if net == "MLP" else LeNet() if net == "LeNet-5" else ResNet()
-    shape = (784,) if net == "MLP" else (1, 28, 28)
-    return made.eval(), torch.randn(samples, *shape), torch.randint(10, (samples,))
+PACKAGES = {"PyTorch": "torch", "curvlinops": "curvlinops-for-pytorch", "BackPACK": "backpack-for-pytorch"}
+PACKAGES |= {"Hutchinson": "torch"}
 
 
 @dataclass(frozen=True)
@@ -170,156 +85,245 @@ class Work:
 
     Args:
         operation: one of ``LABELS``.
-        library: one of ``PACKAGES``.
-        run: does it; returns one number or tensors.
-        steady: for a random operation, what all libraries should give alike.
+        library: one of ``COLOURS``.
+        run: does it, with the setting for eigenvalues, with a seed for random ones; returns a number or tensors.
+        settings: from the loosest to the strictest.
     """
 
     operation: str
     library: str
-    run: Callable[[], Any]
-    steady: Callable[[], Any] | None = None
+    run: Callable[[Any], Any]
+    settings: Sequence[Any] = (0,)
 
 
 def works(net: str, samples: int) -> Iterator[Work]:
     """All operations on a net, each in the libraries that have it."""
     model, x, y = problem(net, samples)
     criterion, parameters = CrossEntropy(), list(model.parameters())
-    yield Work("gradient", "PyTorch", lambda: torch.autograd.grad(criterion(model(x), y), parameters))
-
-    operator = curvature.hessian(model, (x, y), "cross_entropy")
-    exact = curvature.hessian(model, (x, y), "cross_entropy", exact=True)
     v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-    layers: dict[str, list[str]] = {}
-    for name in operator.rows:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
-    weights = [name for name, p in model.named_parameters() if p.ndim > 1]
-    block, part = operator.block(weights[-1], weights[0]), {weights[0]: v[weights[0]]}
-    yield Work("quadratic form", "hessinit", lambda: operator.quadratic_form(v))
-    yield Work("product", "hessinit", lambda: operator @ v)
-    yield Work("exact product", "hessinit", lambda: exact @ v)
-    yield Work("cross block", "hessinit", lambda: block @ part)
-    yield Work("layer traces", "hessinit", lambda: operator.traces(1, groups=layers))
-    yield Work("diagonal", "hessinit", lambda: operator.diagonal(1), lambda: operator.trace(PROBES))
-    yield Work(TOP, "hessinit", lambda: exact.eigsh(k=1)[0])
-    if net != "transformer":
-        yield Work(FULL, "hessinit", operator.diagonal)
-
+    yield Work("gradient", "PyTorch", lambda _: torch.autograd.grad(criterion(model(x), y), parameters))
+    yield from ours(model, x, y, v, full="GPT" not in net)
     for library, peer in PEERS.items():
-        if version(library) and (net, library) != ("transformer", "BackPACK"):
-            for work in peer(copy.deepcopy(model), criterion, x, y, list(v.values())):
-                if net != "transformer":
-                    yield work
-                elif work.operation == "product" or (library, work.operation) == ("PyHessian", "exact product"):
-                    yield replace(work, run=_unfused(work.run))
+        if version(library) and not ("GPT" in net and library == "BackPACK"):
+            for work in peer(copy.deepcopy(model), criterion, x, y, v):
+                run = _unfused(work.run) if "GPT" in net else work.run
+                yield Work(work.operation, library, run, work.settings)
 
 
-def curvlinops(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, v: list[Tensor]) -> Iterator[Work]:
-    """Its products."""
+def layers(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the parameters of each layer."""
+    found: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return found
+
+
+def ours(model: nn.Module, x: Tensor, y: Tensor, v: Mapping[str, Tensor], full: bool = False) -> Iterator[Work]:
+    """This library's."""
+
+    def operator(seed: int = 0, exact: bool = False) -> curvature.Hessian:
+        return curvature.hessian(model, (x, y), "cross_entropy", exact=exact, seed=seed)
+
+    approximate, exact, seeded = operator(), operator(exact=True), [operator(seed) for seed in range(VECTORS)]
+    weights = [name for name, p in model.named_parameters() if p.ndim > 1]
+    block, part, groups = approximate.block(weights[-1], weights[0]), {weights[0]: v[weights[0]]}, layers(model)
+    yield Work("quadratic form", "hessinit", lambda _: approximate.quadratic_form(v))
+    yield Work("product", "hessinit", lambda _: approximate @ v)
+    yield Work("exact product", "hessinit", lambda _: exact @ v)
+    yield Work("cross block", "hessinit", lambda _: block @ part)
+    yield Work(TRACES, "hessinit", lambda seed: seeded[seed].traces(1, groups=groups))
+    yield Work(DIAGONAL, "hessinit", lambda seed: seeded[seed].diagonal(1))
+    yield Work(TOP, "hessinit", lambda tol: exact.eigsh(1, tol=tol)[0], (0.3, 0.1, 0.03, 0.01, 0.001))
+    if full:
+        yield Work(FULL, "hessinit", lambda _: approximate.diagonal())
+
+
+Peer = Iterator[Work]
+
+
+def curvlinops(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, v: Mapping[str, Tensor]) -> Peer:
+    """Its products, and SciPy's eigenvalues of them."""
     from curvlinops import GGNLinearOperator, HessianLinearOperator
 
     settings = {"params": list(model.parameters()), "data": [(x, y)], "check_deterministic": False}
     approximate = GGNLinearOperator(model, criterion, **settings)
-    exact = HessianLinearOperator(model, criterion, **settings)
-    yield Work("product", "curvlinops", lambda: approximate @ v)
-    yield Work("exact product", "curvlinops", lambda: exact @ v)
-    yield Work(TOP, "curvlinops", lambda: eigsh(exact.to_scipy(), 1, tol=1e-4, return_eigenvectors=False))
+    exact, vectors = HessianLinearOperator(model, criterion, **settings), list(v.values())
+    yield Work("product", "", lambda _: approximate @ vectors)
+    yield Work("exact product", "", lambda _: exact @ vectors)
+
+    def largest(tol: float) -> Any:
+        return eigsh(exact.to_scipy(), 1, tol=tol, return_eigenvectors=False)
+
+    yield Work(TOP, "", largest, (0.3, 0.1, 0.03, 0.01, 0.001))
 
 
-def pyhessian(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, v: list[Tensor]) -> Iterator[Work]:
-    """Its product over a loader, that is without a graph kept from one product to the next."""
+def pyhessian(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, v: Mapping[str, Tensor]) -> Peer:
+    """Its product over a loader, and its power iteration."""
     from pyhessian import hessian
 
-    computation = hessian(model, criterion, dataloader=[(x, y)], cuda=False)
-    yield Work("exact product", "PyHessian", lambda: computation.dataloader_hv_product(v)[1])
-    yield Work(TOP, "PyHessian", lambda: computation.eigenvalues()[0])
+    computation, vectors = hessian(model, criterion, dataloader=[(x, y)], cuda=False), list(v.values())
+    yield Work("exact product", "", lambda _: computation.dataloader_hv_product(vectors)[1])
+
+    def largest(tol: float) -> Any:
+        torch.manual_seed(0)
+        values, _ = hessian(model, criterion, data=(x, y), cuda=False).eigenvalues(tol=tol)
+        model.zero_grad()
+        return values[0]
+
+    yield Work(TOP, "", largest, (1e-1, 1e-2, 1e-3, 1e-4, 1e-5))
 
 
-def backpack(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, v: list[Tensor]) -> Iterator[Work]:
+def eigenthings(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, v: Mapping[str, Tensor]) -> Peer:
+    """Its products and its Lanczos."""
+    from hessian_eigenthings import (
+        GGNOperator,
+        HessianOperator,
+        lanczos,
+        supervised_forward,
+        supervised_loss,
+        supervised_loss_of_output,
+    )
+
+    data, flat = [(x, y)], torch.cat([t.reshape(-1) for t in v.values()])
+    exact = HessianOperator(model, data, supervised_loss(criterion))
+    approximate = GGNOperator(model, data, supervised_forward, supervised_loss_of_output(criterion))
+    yield Work("product", "", lambda _: approximate.matvec(flat))
+    yield Work("exact product", "", lambda _: exact.matvec(flat))
+    steps = (4, 6, 8, 10, 12, 16, 20, 30)
+    yield Work(TOP, "", lambda number: lanczos(exact, k=1, max_iter=number, seed=0).eigenvalues, steps)
+
+
+def backpack(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, v: Mapping[str, Tensor]) -> Peer:
     """Its diagonals, from labels drawn by the model and from all columns of R; the gradient comes with them."""
     from backpack import backpack, extend
     from backpack.extensions import DiagGGNExact, DiagGGNMC
 
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = layers(model)
     extended = extend(model, use_converter=True).eval()
     loss = extend(nn.CrossEntropyLoss())
 
-    def diagonal(extension: Any) -> list[Tensor]:
+    def diagonal(extension: Any, seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
         with backpack(extension):
             loss(extended(x), y).backward()
-        found = [getattr(p, extension.savefield) for p in extended.parameters()]
+        found = {names[id(p)]: getattr(p, extension.savefield) for p in extended.parameters()}
         for p in extended.parameters():
             p.grad = None
             delattr(p, extension.savefield)
-        return found
+        return {name: found[name] for name in v}
 
-    one, many, full = DiagGGNMC(mc_samples=1), DiagGGNMC(mc_samples=PROBES), DiagGGNExact()
-    yield Work("diagonal", "BackPACK", lambda: diagonal(one), lambda: sum(d.sum() for d in diagonal(many)))
-    yield Work(FULL, "BackPACK", lambda: diagonal(full))
+    one, full = DiagGGNMC(mc_samples=1), DiagGGNExact()
+    yield Work(TRACES, "", lambda seed: _by_layer(diagonal(one, seed), groups))
+    yield Work(DIAGONAL, "", lambda seed: diagonal(one, seed))
+    yield Work(FULL, "", lambda seed: diagonal(full, seed))
 
 
-PEERS = {"curvlinops": curvlinops, "PyHessian": pyhessian, "BackPACK": backpack}
+def hutchinson(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor, v: Mapping[str, Tensor]) -> Peer:
+    """``v ⊙ H v`` for random signs v, and its sums over layers."""
+    parameters, groups = list(model.parameters()), layers(model)
+
+    def diagonal(seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        signs = [torch.randint(0, 2, p.shape, generator=generator) * 2.0 - 1.0 for p in parameters]
+        gradient = torch.autograd.grad(criterion(model(x), y), parameters, create_graph=True)
+        product = torch.autograd.grad(gradient, parameters, signs)
+        return {name: s * h for name, s, h in zip(v, signs, product, strict=True)}
+
+    yield Work(TRACES, "", lambda seed: _by_layer(diagonal(seed), groups))
+    yield Work(DIAGONAL, "", diagonal)
+
+
+PEERS: dict[str, Callable[..., Peer]] = {
+    "curvlinops": curvlinops,
+    "PyHessian": pyhessian,
+    "hessian-eigenthings": eigenthings,
+    "BackPACK": backpack,
+    "Hutchinson": hutchinson,
+}
+
+
+def _by_layer(diagonal: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    return {layer: float(sum(diagonal[name].sum() for name in names)) for layer, names in groups.items()}
 
 
 def version(library: str) -> str:
     """Of the installed package, or nothing."""
     try:
-        return importlib.metadata.version(PACKAGES[library])
+        return importlib.metadata.version(PACKAGES.get(library, library))
     except importlib.metadata.PackageNotFoundError:
         return ""
 
 
-def _unfused(run: Callable[[], Any]) -> Callable[[], Any]:
-    def unfused() -> Any:
+def _unfused(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def unfused(setting: Any) -> Any:
         with sdpa_kernel(SDPBackend.MATH):
-            return run()
+            return run(setting)
 
     return unfused
 
 
-def check(todo: Sequence[Work]) -> None:
-    """Runs everything once, and compares the libraries' results."""
-    ours: dict[str, Tensor] = {}
-    for work in todo:
-        result = work.run()
-        if work.steady is not None:
-            result = work.steady()
-        parts = result.values() if isinstance(result, Mapping) else result
-        parts = parts if isinstance(parts, Iterable) and not isinstance(parts, Tensor) else [parts]
-        found = torch.cat([torch.as_tensor(part).detach().reshape(-1).double() for part in parts])
-        expected = ours.setdefault(work.operation, found)
-        error = float((found - expected).norm() / expected.norm())
-        most = 0.2 if work.steady is not None else 0.1 if (work.operation, work.library) == (TOP, "PyHessian") else 1e-3
-        assert error < most, f"{work.operation}, {work.library}: off by {error:.1e}"
+def references(net: str, samples: int) -> dict[str, Tensor]:
+    """What each operation without random numbers should give: ours in float64."""
+    model, x, y = problem(net, samples)
+    v = {name: torch.randn_like(p).double() for name, p in model.named_parameters()}
+    x = x.double() if x.is_floating_point() else x
+    todo = ours(model.double(), x, y, v, full="GPT" not in net)
+    return {w.operation: _flat(w.run(w.settings[-1])) for w in todo if w.operation not in RANDOM}
 
 
-def peak_memory(run: Callable[[], Any]) -> float:
-    """Peak of the memory that torch hands out while something runs, in MiB."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = run()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # negative where memory is given back
-    del kept
-    return float(np.cumsum(changes).max()) / 2**20
+def error(work: Work, references: Mapping[str, Tensor]) -> tuple[Any, float]:
+    """The setting that an operation takes, and its error as the module's docstring has it."""
+    if work.operation == "gradient":
+        work.run(0)
+        return 0, 0.0
+    if work.operation in RANDOM:
+        draws = torch.stack([_flat(work.run(seed)) for seed in range(VECTORS)])
+        mean, variance = draws.mean(0), draws.var(0)
+        if work.operation == TRACES:
+            return 0, float((variance / mean**2).mean() ** 0.5)
+        return 0, float((variance.sum() / (mean.square().sum() - variance.sum() / VECTORS)).abs() ** 0.5)
+    true = references[work.operation]
+    for setting in work.settings:
+        found = float((_flat(work.run(setting)) - true).norm() / true.norm())
+        if work.operation != TOP or found <= CLOSE:
+            break
+    assert found < 0.1, f"{work.operation}, {work.library}: off by {found:.1e}"
+    return setting, found
+
+
+def _flat(result: Any) -> Tensor:
+    """Numbers or tensors, in a sequence or by name, as one vector in float64."""
+    parts = result.values() if isinstance(result, Mapping) else result
+    parts = parts if isinstance(parts, Iterable) and not isinstance(parts, Tensor) else [parts]
+    return torch.cat([torch.as_tensor(part).detach().reshape(-1).double() for part in parts])
 
 
 def compute(
-    samples: Mapping[str, int] = SAMPLES, repetitions: int = 15, full_repetitions: int = 3
+    samples: Mapping[str, int] = SAMPLES,
+    repetitions: int = 9,
+    slow_repetitions: int = 3,
+    done: Iterable[Mapping[str, str]] = (),
 ) -> Iterator[dict[str, Any]]:
-    """One row a net, operation, library and repetition."""
-    for net, batch in samples.items():
+    """One row a net, operation, library and repetition, of the nets that are not done."""
+    finished = {row["net"] for row in done}
+    for net, batch in ((net, batch) for net, batch in samples.items() if net not in finished):
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")  # of the other libraries
-            todo = list(works(net, batch))
-            check(todo)
-            peaks = [math.nan if work.operation == TOP else peak_memory(work.run) for work in todo]
+            true = references(net, batch)
+            todo = []
+            for work in works(net, batch):
+                setting, off = error(work, true)
+                run = partial(work.run, setting)
+                todo.append((work, run, setting, off, math.nan if work.operation == TOP else peak_memory(run)))
             rows, gradient = [], float("nan")
             for repetition in range(repetitions):
                 gc.collect()
-                for work, peak in zip(todo, peaks, strict=True):
-                    if work.operation in (FULL, TOP) and repetition >= full_repetitions:
+                for work, run, setting, off, peak in todo:
+                    if work.operation in SLOW and repetition >= slow_repetitions:
                         continue
                     start = perf_counter()
-                    work.run()
+                    run()
                     seconds = perf_counter() - start
                     gradient = seconds if work.operation == "gradient" else gradient
                     rows.append(
@@ -331,6 +335,8 @@ def compute(
                             "version": version(work.library),
                             "torch": torch.__version__,
                             "threads": torch.get_num_threads(),
+                            "setting": setting,
+                            "error": off,
                             "peak_mib": peak,
                             "repetition": repetition,
                             "seconds": seconds,
@@ -371,7 +377,7 @@ def draw(table: Any) -> Any:
     from matplotlib.patches import Patch
 
     patches = [Patch(color=COLOURS[name], label=name) for name in COLOURS if name in set(table.library)]
-    made.legend(handles=patches, loc="outside upper center", ncols=len(patches), frameon=False)
+    made.legend(handles=patches, loc="outside upper center", ncols=4, frameon=False)
     return made
 
 
@@ -395,6 +401,34 @@ def _bar(
         va="center",
         fontsize=9,
     )
+
+
+ROWS = (  # of the README: operation, what it is called there, libraries besides ours
+    ("quadratic form", "`vᵀGv`", ()),
+    ("product", "`G v`", ("curvlinops", "hessian-eigenthings")),
+    ("exact product", "exact `H v`", ("PyHessian", "hessian-eigenthings")),
+    (TRACES, "all layers' traces, one probe", ("BackPACK", "Hutchinson")),
+    (DIAGONAL, "diagonal, one probe", ("BackPACK", "Hutchinson")),
+    (FULL, FULL, ("BackPACK",)),
+    (TOP, "largest eigenvalue of `H`, to 1 %", ("curvlinops", "PyHessian", "hessian-eigenthings")),
+)
+
+
+def readme_rows(table: Any) -> list[list[str]]:
+    """An operation and library a row: median time in gradients; of random ones the error of one probe in brackets."""
+    medians, found = table.groupby(["operation", "library", "net"])[["ratio", "error"]].median(), []
+    for operation, name, libraries in ROWS:
+        for library in ("hessinit", *libraries):
+            cells = []
+            for key in ((operation, library, net) for net in SAMPLES):
+                if key not in medians.index:
+                    cells.append("–")
+                    continue
+                ratio, off = medians.loc[key]
+                error = f" ({off:.1%})" if off < 0.1 else f" ({off:.0%})"
+                cells.append((f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}") + error * (operation in RANDOM))
+            found.append([name if library == "hessinit" else f"… {library}", *cells])
+    return found
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from fig_cost import CrossEntropy, peak_memory
+from cost import CrossEntropy, peak_memory
 
 from hessinit import init_
 from hessinit.experiments import data, models, plots

@@ -74,6 +74,21 @@ def test_orthogonal_blocks_are_semi_orthogonal(shape, layout):
         assert not np.allclose(blocks[0], blocks[1])
 
 
+@pytest.mark.parametrize(("shape", "layout"), [((60, 90), Layout("oi")), ((90, 60), Layout("io"))])
+def test_wide_orthogonal_matrices_are_like_uniform_ones(shape, layout, monkeypatch):
+    """Entries of Haar matrices are normal in the limit; rows of a square one turn any vector into a uniform one."""
+    monkeypatch.setattr("hessinit.draw.WIDEST", 32)
+    draws = np.stack([draw(shape, layout, 1.0, "orthogonal", np.random.default_rng(k), np.float64) for k in range(200)])
+    w = draws[0] if shape[0] < shape[1] else draws[0].T
+    np.testing.assert_allclose(w @ w.T, 90 * np.eye(60), atol=1e-10)
+    spread = draws.std(axis=0)
+    assert abs(draws.mean(axis=0)).max() < 5 / 200**0.5  # of every entry
+    assert 0.75 < spread.min() < spread.max() < 1.25
+    assert abs(np.mean(draws**4) - 3 * 90 / 92) < 0.03  # of a coordinate on the sphere in 90 dimensions
+    between = np.einsum("kij,kil->jl", draws, draws) / draws.shape[0] / draws.shape[1]
+    assert abs(between - np.diag(np.diagonal(between))).max() < 5 / (200 * 60) ** 0.5  # of every pair of columns
+
+
 def test_orthogonal_is_uniform_over_rotations():
     """Traces of Haar orthogonal matrices have mean 0 and variance 1; QR without the sign fix has a negative mean."""
     rng = np.random.default_rng(0)

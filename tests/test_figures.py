@@ -23,7 +23,7 @@ from hessinit.experiments.sweep import Plan, Store, summaries
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "paper_figures"
-SCRIPTS = sorted(path.stem for path in FIGURES.glob("*.py"))
+SCRIPTS = sorted(path.stem for path in FIGURES.glob("fig*.py"))
 sys.path.insert(0, str(FIGURES))
 
 MINIATURES = {
@@ -79,7 +79,11 @@ MINIATURES = {
         "samples": 16,
         "dataset": "fashion_mnist_mini",
     },
-    "fig_cost": {"samples": {"MLP": 3, "transformer": 2}, "repetitions": 2, "full_repetitions": 1},
+    "fig_cost": {"samples": {"small MLP": 3, "small GPT": 2}, "repetitions": 2, "slow_repetitions": 1},
+    "fig_growth": {
+        "sizes": {"classes": (1000,)},
+        "operations": ("gradient", "product", "budget"),
+    },
     "fig_init_cost": {
         "study": (
             ("width", (16,), ("he_normal", "budget", "metainit")),
@@ -544,30 +548,33 @@ def test_the_readmes_study_is_the_committed_one():
 
 
 def test_the_readmes_costs_are_the_committed_ones():
-    medians = pd.read_csv(FIGURES / "fig_cost.csv").groupby(["operation", "library", "net"]).ratio.median()
-    operations = {
-        "`vᵀGv`": ("quadratic form", "hessinit", 1.6),
-        "`G v`": ("product", "hessinit", 2.6),
-        "`G v`, curvlinops": ("product", "curvlinops", None),
-        "all layers' traces, one probe": ("layer traces", "hessinit", 1.3),
-        "diagonal, one probe": ("diagonal", "hessinit", None),
-        "diagonal, BackPACK, one sample": ("diagonal", "BackPACK", None),
-        "exact `H v`": ("exact product", "hessinit", None),
-        "exact `H v`, PyHessian": ("exact product", "PyHessian", None),
-        "largest eigenvalue of `H`": ("largest eigenvalue", "hessinit", None),
-        "largest eigenvalue, curvlinops": ("largest eigenvalue", "curvlinops", None),
-        "largest eigenvalue, PyHessian": ("largest eigenvalue", "PyHessian", None),
-        "diagonal in full": ("diagonal, in full", "hessinit", None),
-        "diagonal in full, BackPACK": ("diagonal, in full", "BackPACK", None),
-    }
-    rows = _table("| time over one gradient")
-    assert [row[0] for row in rows] == list(operations)
-    for label, *cells in rows:
-        operation, library, most = operations[label]
-        for net, cell in zip(("MLP", "LeNet-5", "ResNet-8", "transformer"), cells, strict=True):
-            value = medians.get((operation, library, net), math.nan)
-            assert cell == ("–" if math.isnan(value) else f"{value:.1f}" if value < 10 else f"{value:.0f}")
-            assert most is None or value <= most
+    import fig_cost as script
+
+    table = pd.read_csv(FIGURES / "fig_cost.csv")
+    rows = script.readme_rows(table)
+    assert _table("| time over one gradient") == rows
+    ratios = table[table.library == "hessinit"].groupby(["operation", "net"]).ratio.median().unstack()
+    assert (ratios.loc["quadratic form"] <= 1.6).all()
+    assert (ratios.loc["product"] <= 2.6).all()
+    assert table.repetition.max() == 8
+
+
+def test_the_readmes_exponents_are_the_committed_ones():
+    import fig_growth as script
+
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    table = pd.read_csv(FIGURES / "fig_growth.csv")
+    exponents = script.exponents(table)
+    time = exponents.time.unstack("panel")
+    most = time.drop(index="gradient").max()
+    assert f"time at most {most.drop('layers').max():.2f}" in readme
+    assert f"(over layers {most.layers:.2f}, where the gradient's own is {time.layers['gradient']:.2f})" in readme
+    assert f"memory at most {exponents.memory.max():.2f}" in readme
+    largest = table[table.panel == "parameters"]
+    largest = largest[largest["size"] == largest["size"].max()]
+    seconds = largest.groupby("operation").seconds.median()
+    assert f"closed form {seconds['closed form']:.0f} s and the budget {seconds['budget']:.0f} s" in readme
+    assert f"{largest.resident_mib.max() / 1024:.1f} GiB" in readme
 
 
 def test_the_readmes_costs_of_initialization_are_the_committed_ones():

@@ -14,7 +14,7 @@ PACKAGE = Path(hessinit.__file__).parent
 # Each module imports only from rows above its own.
 ROWS = [
     {"layout", "quadrature", "losses", "progress"},
-    {"rules", "draw", "batches", "spectrum", "budget"},
+    {"rules", "draw", "batches", "spectrum", "budget", "networks.torch_samples"},
     {"networks.base"},
     {"networks.graph", "networks.torch_autodiff", "networks.jax_autodiff", "networks.tensorflow_autodiff"},
     {"networks.torch_derived"},

@@ -167,6 +167,39 @@ class Derivatives(Protocol):
     def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Array, dict[str, Array]]:
         """A scalar ``f(values)`` and the rows of ``D²f tangents``."""
 
+    def linearize(
+        self, f: Function, values: Named, cols: Sequence[str], rows: Sequence[str]
+    ) -> tuple[Array, Callable[[Named], Array], Pull]:
+        """``f(values)``, the map ``v → J v`` from the columns and the map ``u → Jᵀu`` to the rows, for many v and u.
+
+        By default from a new pass for each v, of a framework where nothing is gained by keeping one.
+        """
+        z, _, pull = self.jvp_vjp(f, values, {}, rows)
+        return z, lambda v: self.jvp(f, values, v)[1], pull
+
+    def curve(
+        self, f: Function, values: Named, cols: Sequence[str], rows: Sequence[str]
+    ) -> tuple[Array, Callable[[Named], dict[str, Array]]]:
+        """A scalar ``f(values)`` and the map ``v → D²f v`` from the columns to the rows, for many v; likewise."""
+        value, _ = self.jvp(f, values, {})
+        return value, lambda v: self.hvp(f, values, v, rows)[1]
+
+    def squares(
+        self, f: Function, few: Function, values: Named, names: Sequence[str], samples: int, first: int
+    ) -> tuple[Array, Callable[[Array], tuple[dict[str, Array], dict[str, Array]]]] | None:
+        """``f(values)`` and a map from u, with a row a sample, to ``Σ_s (J_sᵀ u_s)²`` of the names that allow it and
+        ``Jᵀu`` of the others, in one backward pass; None, which is the default, if no name does.
+
+        Args:
+            f: outputs of a batch.
+            few: outputs of its first samples.
+            values: of parameters.
+            names: of the parameters wanted.
+            samples: in the batch.
+            first: how many samples ``few`` has.
+        """
+        return None
+
 
 class Group(Protocol):
     """Processes that each hold a share of the data and act as one."""

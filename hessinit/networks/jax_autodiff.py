@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessinit.networks.base import Function, Named, OnData, Pull
+from hessinit.networks.base import Derivatives, Function, Named, OnData, Pull
 
 _pull_compiled = jax.jit(lambda pull, cotangent: pull(cotangent)[0])
 _ARRAYS = (jax.Array, np.ndarray, np.number, bool, int, float)
 
 
-class JaxDerivatives:
+class JaxDerivatives(Derivatives):
     """:class:`hessinit.networks.base.Derivatives` of ``jax``: what is met again is compiled.
 
     A function on data is met again with other data too. What cannot be compiled, as it looks at values, is derived as

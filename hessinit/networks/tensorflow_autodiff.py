@@ -9,10 +9,10 @@ from typing import Any
 import tensorflow as tf
 
 from hessinit.batches import at_the_end
-from hessinit.networks.base import Function, Named, Pull
+from hessinit.networks.base import Derivatives, Function, Named, Pull
 
 
-class TensorFlowDerivatives:
+class TensorFlowDerivatives(Derivatives):
     """:class:`hessinit.networks.base.Derivatives` of ``tensorflow``."""
 
     def jvp(self, f: Function, values: Named, tangents: Named) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -13,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from hessinit.batches import at_the_end
-from hessinit.networks.base import Function, Named, Pull
+from hessinit.networks.base import Derivatives, Function, Named, Pull
+from hessinit.networks.torch_samples import Call, Calls, near, rows_apart, squares
 
 T = TypeVar("T")
 
@@ -69,7 +72,7 @@ class TorchArrays:
         return F.one_hot(labels.long(), classes).movedim(-1, axis).to(like.dtype)
 
 
-class TorchDerivatives:
+class TorchDerivatives(Derivatives):
     """:class:`hessinit.networks.base.Derivatives` of ``torch``: dual numbers forward, autograd in reverse.
 
     Operations without a forward-mode formula go a slower way, ``J v`` as the derivative of ``u → Jᵀu``.
@@ -105,21 +108,106 @@ class TorchDerivatives:
         return value, pull(torch.ones_like(value))
 
     def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        # H is symmetric: the rows of H v are the derivative of gᵀv, g and v on the tangents' names. Dual numbers in the
-        # gradient would take half as much memory again, and more time but for convolutions.
+        value, along = _curve(f, values, list(tangents), rows, keep=False)
+        return value, along(tangents)
+
+    def linearize(
+        self, f: Function, values: Named, cols: Sequence[str], rows: Sequence[str]
+    ) -> tuple[Tensor, Callable[[Named], Tensor], Pull]:
+        leaves = _leaves(values)
         with torch.enable_grad():
-            leaves = _leaves(values)
-            value = f(leaves)
-            moved = [leaves[name] for name in tangents]
-            first = torch.autograd.grad(value, moved, create_graph=True, allow_unused=True)
-            _check_differentiable(first)
-            along = [torch.sum(g * t) for g, t in zip(first, tangents.values(), strict=True) if g is not None]
-            total, value = torch.stack(along).sum() if along else value * 0, value.detach()
-            del first, along
-        if not total.requires_grad:
-            return value, {n: torch.zeros_like(leaves[n]) for n in rows}
-        found = torch.autograd.grad(total, [leaves[n] for n in rows], allow_unused=True)  # frees what it has passed
-        return value, {n: torch.zeros_like(leaves[n]) if h is None else h for n, h in zip(rows, found, strict=True)}
+            z = f(leaves)
+            pull = _pull(z, {name: leaves[name] for name in rows}, lambda: f(leaves))
+            if any("Convolution" in node.name() for node in _ancestors([z])):  # of slow second derivatives
+                return z.detach(), lambda v: self.jvp(f, values, v)[1], pull
+            u = torch.zeros_like(z, requires_grad=True)
+            try:
+                wanted = [leaves[name] for name in cols if z.requires_grad]
+                pulled = torch.autograd.grad(z, wanted, u, create_graph=True, allow_unused=True) if wanted else ()
+                _check_differentiable(pulled)
+            except RuntimeError:  # none at all
+                return z.detach(), lambda v: self.jvp(f, values, v)[1], pull
+        reached = {name: g for name, g in zip(cols, pulled, strict=False) if g is not None and g.requires_grad}
+
+        def push(tangents: Named) -> Tensor:  # as the derivative of u → uᵀJ v, all of it kept from before
+            if not reached:
+                return torch.zeros_like(u)
+            directions = [tangents[name] for name in reached]
+            return torch.autograd.grad(list(reached.values()), u, directions, retain_graph=True)[0]
+
+        return z.detach(), push, pull
+
+    def curve(
+        self, f: Function, values: Named, cols: Sequence[str], rows: Sequence[str]
+    ) -> tuple[Tensor, Callable[[Named], dict[str, Tensor]]]:
+        return _curve(f, values, cols, rows, keep=True)
+
+    def squares(
+        self, f: Function, few: Function, values: Named, names: Sequence[str], samples: int, first: int
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]]] | None:
+        leaves, constants = _leaves_and_constants(values, names)
+
+        def record(f: Function) -> tuple[Tensor, list[Call]]:
+            with torch.enable_grad(), Calls(leaves) as calls:
+                z = f({**constants, **leaves})
+            return z, calls.once()
+
+        z, calls = record(f)
+        its, theirs = record(few)
+        if z.shape[0] != samples or not near(z[:first], its):  # samples have to do with each other
+            return None
+        rows = rows_apart(calls, theirs, samples, first)
+        parents = [parent for node in _ancestors([z]) for parent, _ in node.next_functions]
+        uses = Counter(id(getattr(parent, "variable", None)) for parent in parents)  # seen by Calls or not
+        rows = {name: places for name, places in rows.items() if uses[id(leaves[name])] <= 1}
+        calls = [call for call in calls if rows.keys() >= set(call.names.values())]
+        if not calls:
+            return None
+        told = {name for call in calls for name in call.names.values()}
+        others = [name for name in names if name not in told]
+
+        def pull(cotangent: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            wanted: Any = [*(call.edge for call in calls), *(leaves[name] for name in others)]
+            reached = torch.autograd.grad(z, wanted, cotangent, retain_graph=True, allow_unused=True)
+            found: dict[str, Tensor] = {}
+            for call, u in zip(calls, reached, strict=False):
+                into = list(call.names.values())
+                found |= (
+                    {n: torch.zeros_like(leaves[n]) for n in into} if u is None else squares(call, rows[into[0]], u)
+                )
+            rest = zip(others, reached[len(calls) :], strict=True)
+            return found, {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in rest}
+
+        return z.detach(), pull
+
+
+def _curve(
+    f: Function, values: Named, cols: Sequence[str], rows: Sequence[str], keep: bool
+) -> tuple[Tensor, Callable[[Named], dict[str, Tensor]]]:
+    """A scalar ``f(values)`` and ``v → D²f v``, to be called once unless it is kept.
+
+    H is symmetric: the rows of H v are the derivative of gᵀv, g and v on the columns. Dual numbers in the gradient
+    would take half as much memory again, and more time but for convolutions.
+    """
+    with torch.enable_grad():
+        leaves = _leaves(values)
+        value = f(leaves)
+        found = torch.autograd.grad(value, [leaves[name] for name in cols], create_graph=True, allow_unused=True)
+        _check_differentiable(found)
+    gradient = {name: g for name, g in zip(cols, found, strict=True) if g is not None and g.requires_grad}
+    del found
+
+    def along(tangents: Named) -> dict[str, Tensor]:
+        if not gradient:
+            return {name: torch.zeros_like(leaves[name]) for name in rows}
+        g, directions = list(gradient.values()), [tangents[name] for name in gradient]
+        if not keep:
+            gradient.clear()
+        into = [leaves[name] for name in rows]
+        bent = torch.autograd.grad(g, into, directions, retain_graph=keep, allow_unused=True)
+        return {n: torch.zeros_like(leaf) if h is None else h for n, leaf, h in zip(rows, into, bent, strict=True)}
+
+    return value.detach(), along
 
 
 def _jvp_in_reverse(f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, Tensor, Pull]:
@@ -163,6 +251,12 @@ def _check_differentiable(tensors: Sequence[Tensor | None]) -> None:
 
     ``torch.autograd.grad`` would leave its share out without a word.
     """
+    if any(node.name().endswith(("Error", "NotImplemented")) for node in _ancestors(tensors)):
+        raise RuntimeError("a backward function cannot be differentiated")
+
+
+def _ancestors(tensors: Sequence[Tensor | None]) -> Iterator[Node]:
+    """The backward functions that led to some tensors."""
     nodes = [t.grad_fn for t in tensors if t is not None]
     met = set()
     while nodes:
@@ -170,8 +264,7 @@ def _check_differentiable(tensors: Sequence[Tensor | None]) -> None:
         if node is None or node in met:
             continue
         met.add(node)
-        if node.name().endswith(("Error", "NotImplemented")):
-            raise RuntimeError("a backward function cannot be differentiated")
+        yield node
         nodes += [parent for parent, _ in node.next_functions]
 
 

@@ -1,0 +1,170 @@
+"""Squares of each sample's own derivatives, for all samples in one backward pass.
+
+``Σ_s g_s²`` over samples s is not the square of ``Σ_s g_s``, which is all that a backward pass gives. But where a
+parameter enters the model in one call of a function, such as ``F.linear(x, weight)``, what reaches the call's output in
+the backward pass has a row a sample, and ``g_s`` is the derivative of that call alone.
+
+Which calls those are, and which of their arguments have a row a sample, is found out by comparing a forward pass of the
+whole batch with one of its first samples: the rows must be the same, all else too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+MOST = 2**24  # entries of derivatives of single samples at a time
+LARGE = 2**20  # multiplications in a sample's convolution, above which one after the other is faster than vmap
+NEAR = {torch.float64: 1e-9, torch.float32: 1e-4}  # of rows computed among others; 2e-2 in half precision
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a function that takes parameters.
+
+    Args:
+        function: of torch.
+        arguments: positional and by keyword, flat.
+        structure: of the arguments.
+        names: of parameters, by their place among the arguments.
+        edge: of the output, as it was when it came.
+        output: shape.
+    """
+
+    function: Callable[..., Tensor]
+    arguments: Sequence[Any]
+    structure: Any
+    names: Mapping[int, str]
+    edge: GradientEdge
+    output: torch.Size
+
+
+class Calls(TorchFunctionMode):
+    """Records the calls that take some tensors.
+
+    Args:
+        leaves: by name.
+    """
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(leaf): name for name, leaf in leaves.items()}
+        self._uses: Counter[str] = Counter()
+        self._calls: list[Call] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        flat, structure = tree_flatten((tuple(args), dict(kwargs or {})))
+        names = {k: self._names[id(x)] for k, x in enumerate(flat) if id(x) in self._names}
+        if names and any(isinstance(x, Tensor) for x in tree_flatten(made)[0]):
+            self._uses.update(names.values())
+            if isinstance(made, Tensor) and made.grad_fn is not None:
+                held = [x.detach() if isinstance(x, Tensor) else x for x in flat]
+                self._calls.append(Call(func, held, structure, names, get_gradient_edge(made), made.shape))
+        return made
+
+    def once(self) -> list[Call]:
+        """Calls of which every parameter enters in no other."""
+        return [call for call in self._calls if all(self._uses[name] == 1 for name in call.names.values())]
+
+
+def rows_apart(calls: Sequence[Call], few: Sequence[Call], samples: int, first: int) -> dict[str, Sequence[int]]:
+    """By name of a parameter, which arguments of its call have a row a sample.
+
+    Args:
+        calls: of a batch.
+        few: of its first samples.
+        samples: in the batch.
+        first: how many these are.
+    """
+    found: dict[str, Sequence[int]] = {}
+    if len(calls) != len(few):
+        return found
+    for whole, part in zip(calls, few, strict=True):
+        rows: list[int] | None = []
+        if (whole.function, whole.names) != (part.function, part.names) or len(whole.arguments) != len(part.arguments):
+            return {}
+        for k, (x, y) in enumerate(zip(whole.arguments, part.arguments, strict=True)):
+            if not isinstance(x, Tensor) or k in whole.names or rows is None:
+                continue
+            if x.shape == y.shape and near(x, y):
+                continue
+            apart = x.ndim == y.ndim > 0 and (x.shape[0], y.shape[0]) == (samples, first)
+            rows = [*rows, k] if apart and near(x[:first], y) else None
+        if rows and whole.output == (samples, *part.output[1:]):
+            found |= dict.fromkeys(whole.names.values(), rows)
+    return found
+
+
+def near(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same up to rounding."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    if not x.is_floating_point():
+        return bool(torch.equal(x, y))
+    return bool((x - y).abs().max() <= NEAR.get(x.dtype, 2e-2) * y.abs().max()) if x.numel() else True
+
+
+def squares(call: Call, rows: Sequence[int], reached: Tensor) -> dict[str, Tensor]:
+    """``Σ_s g_s²`` of a call's parameters, by name, in at least single precision.
+
+    Args:
+        call: whose parameters enter nowhere else.
+        rows: its arguments with a row a sample.
+        reached: what the backward pass brings to its output.
+    """
+    found: dict[str, Tensor] = {}
+    wide = reached.dtype if reached.dtype == torch.float64 else torch.float32
+    names, arguments = dict(call.names), list(call.arguments)
+    if call.function in _MATRICES and rows == [0] and reached.ndim == arguments[0].ndim == 2 and 1 in names:
+        x, into = arguments[0].to(wide).square(), reached.to(wide).square()
+        found[names.pop(1)] = into.T @ x if call.function is F.linear else x.T @ into
+        if 2 in names:
+            found[names.pop(2)] = into.sum(0)
+    if not names:
+        return found
+    parameters = [arguments[place] for place in names]
+
+    def run(parameters: Sequence[Tensor], sample: Sequence[Tensor]) -> Tensor:
+        given = dict(zip(names, parameters, strict=True)) | dict(zip(rows, sample, strict=True))
+        args, kwargs = tree_unflatten([given.get(k, x) for k, x in enumerate(arguments)], call.structure)
+        return call.function(*args, **kwargs)
+
+    def derivatives(reached: Tensor, *sample: Tensor) -> tuple[Tensor, ...]:
+        pull = torch.func.vjp(lambda *given: run(given, [x[None] for x in sample]), *parameters)[1]
+        pulled: tuple[Tensor, ...] = pull(reached[None])
+        return pulled
+
+    sums = [torch.zeros_like(p, dtype=wide) for p in parameters]
+    batched = [reached, *(arguments[k] for k in rows)]
+    entries = max(sum(p.numel() for p in parameters), 1)
+    if call.function in _CONVOLUTIONS and entries * math.prod(reached.shape[2:]) > LARGE:
+        leaves = [p.requires_grad_() for p in parameters]
+        for rows_of_one in zip(*(x.split(1) for x in batched), strict=True):
+            with torch.enable_grad():
+                made = run(leaves, rows_of_one[1:])
+            for squared, g in zip(sums, torch.autograd.grad(made, leaves, rows_of_one[0]), strict=True):
+                squared.addcmul_(g.to(wide), g.to(wide))
+    else:
+        size = max(1, MOST // entries)
+        for some in zip(*(x.split(size) for x in batched), strict=True):
+            each: tuple[Tensor, ...] = torch.func.vmap(derivatives)(*some)
+            for squared, g in zip(sums, each, strict=True):
+                squared.add_(g.to(wide).square().sum(0))
+    return found | dict(zip(names.values(), sums, strict=True))
+
+
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_MATRICES = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}

@@ -1,0 +1,235 @@
+"""Squares of each sample's own derivatives, by one backward pass: right wherever samples are told apart."""
+
+import copy
+
+import cases
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hessinit import curvature
+from hessinit.networks.torch_autodiff import TorchDerivatives
+
+MODELS = cases.models()
+APART = {  # parameters of which squares come by sample; of the models not named here, all
+    "residual": 0,  # its norms are in training mode
+    "batch norm, training": 0,
+    "lstm": 3,
+    "gru": 3,
+    "attention module, tied": 2,
+    "attention function, tied": 4,
+    "shared module": 2,
+    "weight norm": 3,
+    "weight norm by hooks": 3,
+}
+
+
+def squares(model, x, few=2):
+    """What the derivatives say of a model: outputs and the map to squares and gradients, or None."""
+    values = dict(model.named_parameters())
+
+    def on(x):
+        return lambda values: torch.func.functional_call(model, values, (x,))
+
+    return TorchDerivatives().squares(on(x), on(x[:few]), values, list(values), len(x), few)
+
+
+def one_by_one(model, x, u):
+    """Squares of gradients of one sample after the other, and the whole gradient."""
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    whole = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for k in range(len(x)):
+        found = torch.autograd.grad(model(x[k : k + 1]), list(model.parameters()), u[k : k + 1], allow_unused=True)
+        for name, g in zip(sums, found, strict=True):
+            if g is not None:
+                sums[name] += g**2
+                whole[name] += g
+    return sums, whole
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "compiled"])
+def test_squares_are_those_of_one_sample_after_the_other(name):
+    model, (x, _) = MODELS[name].model, MODELS[name].batch
+    model = copy.deepcopy(model).requires_grad_() if name == "frozen" else model
+    found = squares(model, x, few=min(2, len(x) - 1))
+    if APART.get(name) == 0:
+        assert found is None
+        return
+    z, pull = found
+    u = torch.randn_like(z)
+    squared, gradients = pull(u)
+    sums, whole = one_by_one(model, x, u)
+    assert len(squared) == APART.get(name, len(sums))
+    assert squared.keys() | gradients.keys() == sums.keys()
+    for key, value in [*((key, sums[key]) for key in squared), *((key, whole[key]) for key in gradients)]:
+        torch.testing.assert_close((squared | gradients)[key], value, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(8, 64, 5, padding=2, stride=2),
+        nn.Conv2d(8, 64, 3, groups=2, padding="same"),
+        nn.ConvTranspose2d(8, 64, 3, stride=2),
+        nn.Conv3d(8, 64, 3, padding=1, padding_mode="circular"),
+    ],
+    ids=["1d", "2d, groups", "transposed", "3d, circular"],
+)
+@pytest.mark.parametrize("size", [4, 20])
+def test_large_and_small_convolutions(layer, size):
+    """Of which the large ones go sample by sample."""
+    torch.manual_seed(0)
+    axes = len(layer.weight.shape) - 2
+    x = torch.randn(3, 8, *[size if axes < 3 else 6 + size // 10] * axes).double()
+    layer.double()
+    z, pull = squares(layer, x)
+    u = torch.randn_like(z)
+    squared, _ = pull(u)
+    sums, _ = one_by_one(layer, x, u)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(squared[name], sums[name], rtol=1e-10, atol=0)
+
+
+class Hidden(torch.autograd.Function):
+    """A use of a weight that is no function of torch's."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w = ctx.saved_tensors
+        return g @ w, g.T @ x
+
+
+class Twice(nn.Module):
+    """One weight in a function of torch's and in one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) + Hidden.apply(x, self.fc.weight)
+
+
+class SequenceFirst(nn.Module):
+    """Samples on the second axis inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(x.transpose(0, 1)).mean(0)
+
+
+class Mixed(nn.Module):
+    """Every sample less the mean of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(x) - 0.01 * self.fc(x).mean(0, keepdim=True)
+
+
+class Offset(nn.Module):
+    """A weight that is added, and a constant of as many rows as there are samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.added, self.scale = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(3, 4))
+        self.register_buffer("constant", torch.randn(4, 4))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.constant + self.added) @ self.scale.T
+
+
+def test_what_cannot_be_told_apart_is_left_to_gradients():
+    torch.manual_seed(0)
+    x, long = torch.randn(4, 4).double(), torch.randn(5, 6, 4).double()
+    assert squares(Twice().double(), x) is None
+    assert squares(SequenceFirst().double(), long) is None
+    assert squares(Mixed().double(), x) is None
+    model = Offset().double()
+    u = torch.randn(4, 3).double()
+    squared, gradients = squares(model, x)[1](u)
+    assert (list(squared), list(gradients)) == (["added"], ["scale"])
+    torch.testing.assert_close(squared["added"], one_by_one(model, x, u)[0]["added"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_squares_of_half_precision_are_in_single(dtype):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).to(dtype), torch.randn(6, 4).to(dtype)
+    z, pull = squares(model, x)
+    u = 1e-3 * torch.randn_like(z)  # of squares that half precision has not
+    squared, _ = pull(u)
+    sums, _ = one_by_one(model.double(), x.double(), u.double())
+    for name, s in squared.items():
+        assert s.dtype == torch.float32
+        torch.testing.assert_close(s.double(), sums[name], rtol=0.1, atol=0.02 * float(sums[name].max()))
+
+
+def test_one_probe_says_as_much_of_the_traces_as_many_of_sums_would():
+    """Products of different samples, of 256, are out: less than a twentieth of the variance is left."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 5))
+    batch = torch.randn(256, 20), torch.arange(256) % 5
+
+    def spread(apart):
+        with pytest.MonkeyPatch.context() as patch:
+            if not apart:
+                patch.setattr(TorchDerivatives, "squares", lambda *args: None)
+            traces = curvature.hessian(net, batch, "cross_entropy").traces(64)
+        true = curvature.hessian(net, batch, "cross_entropy").traces()
+        for name, value in true.items():
+            assert abs(traces[name] - value) < 4 * traces.standard_error[name]
+        return np.array([traces.standard_error[name] / true[name] for name in true])
+
+    assert (spread(True) ** 2 < spread(False) ** 2 / 20).all()
+
+
+def test_passes_are_shared_only_where_memory_is_that_of_one_chunk():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    calls = []
+    net[0].register_forward_hook(lambda *_: calls.append(1))
+
+    def passes(work, batch=(x, y), **options):
+        operator = curvature.hessian(net, batch, "cross_entropy", **options)
+        calls.clear()
+        work(operator)
+        return len(calls)
+
+    many = torch.randn(43, 12)
+    for exact in (False, True):
+        assert passes(lambda h: h @ many, exact=exact) == 1
+        assert passes(lambda h: h @ many, exact=exact, chunk_size=4) == 12 * 2
+        assert passes(lambda h: h @ many, exact=exact, batch=[(x, y)]) == 12
+        assert passes(lambda h: h.norm(num_probes=12), exact=exact) == 1
+        assert passes(lambda h: h.eigsh(1), exact=exact) == 2  # and the gradient
+    assert passes(lambda h: h.traces(12)) == 2  # and one of two samples
+    assert passes(lambda h: h.diagonal()) == 2
+
+
+def test_products_follow_the_model_from_one_call_to_the_next():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    operator = curvature.hessian(net, (torch.randn(8, 4).double(), torch.arange(8) % 3), "cross_entropy", exact=True)
+    v = np.ones(43)
+    with operator.products() as product:
+        inside = product(v), product(v)
+    np.testing.assert_array_equal(*inside)
+    np.testing.assert_allclose(inside[0], operator @ v, rtol=1e-12)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with operator.products() as product:
+        np.testing.assert_allclose(product(v), operator @ v, rtol=1e-12)
+    assert np.abs(inside[0] - operator @ v).max() > 1e-3
