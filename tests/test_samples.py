@@ -91,6 +91,55 @@ def test_large_and_small_convolutions(layer, size):
         torch.testing.assert_close(squared[name], sums[name], rtol=1e-10, atol=0)
 
 
+class Wrapped(nn.Module):
+    """A layer between two others, so that samples and derivatives are of every kind."""
+
+    def __init__(self, layer, *axes):
+        super().__init__()
+        self.before, self.layer, self.head, self.axes = nn.Linear(3, 6), layer, nn.LazyLinear(2), axes
+
+    def forward(self, x):
+        h = torch.tanh(self.before(x)).unflatten(1, self.axes) if self.axes else torch.tanh(self.before(x))
+        out = self.layer(h, h) if isinstance(self.layer, nn.Bilinear) else self.layer(h)
+        return self.head((out[0] if isinstance(out, tuple) else out).flatten(1))
+
+
+LAYERS = {
+    "bilinear": Wrapped(nn.Bilinear(6, 6, 4)),
+    "prelu": Wrapped(nn.PReLU(2), 2, 3),
+    "lstm, batch first": Wrapped(nn.LSTM(3, 4, batch_first=True), 2, 3),
+    "gru cell": Wrapped(nn.GRUCell(6, 4)),
+    "group norm": Wrapped(nn.GroupNorm(2, 2), 2, 3),
+    "instance norm": Wrapped(nn.InstanceNorm1d(2, affine=True), 2, 3),
+    "rms norm": Wrapped(nn.RMSNorm(3), 2, 3),
+    "encoder layer": Wrapped(nn.TransformerEncoderLayer(3, 1, 5, 0.0, batch_first=True), 2, 3),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_diagonal_of_every_kind_of_layer(name):
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3).double(), torch.arange(5) % 2
+    model = LAYERS[name].double()
+    model(x)
+    operator = curvature.hessian(model, (x, y), "cross_entropy")
+    apart = operator.flatten(operator.diagonal())
+    torch.testing.assert_close(apart, operator.dense().diagonal(), rtol=1e-9, atol=1e-15)
+
+
+def test_a_function_without_a_rule_for_vmap_goes_sample_by_sample(monkeypatch):
+    def vmap(function):
+        raise RuntimeError("no batching rule")
+
+    model, x = MODELS["layer and group norm"].model, MODELS["layer and group norm"].batch[0]
+    u = torch.randn_like(model(x))
+    expected, _ = squares(model, x)[1](u)
+    monkeypatch.setattr(torch.func, "vmap", vmap)
+    found, _ = squares(model, x)[1](u)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=0)
+
+
 class Hidden(torch.autograd.Function):
     """A use of a weight that is no function of torch's."""
 

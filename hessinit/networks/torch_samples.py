@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+_functorch: Any = torch._C._functorch  # whose stubs lack the switch below
 MOST = 2**24  # entries of derivatives of single samples at a time
 LARGE = 2**20  # multiplications in a sample's convolution, above which one after the other is faster than vmap
 NEAR = {torch.float64: 1e-9, torch.float32: 1e-4}  # of rows computed among others; 2e-2 in half precision
@@ -147,22 +148,37 @@ def squares(call: Call, rows: Sequence[int], reached: Tensor) -> dict[str, Tenso
         pulled: tuple[Tensor, ...] = pull(reached[None])
         return pulled
 
-    sums = [torch.zeros_like(p, dtype=wide) for p in parameters]
     batched = [reached, *(arguments[k] for k in rows)]
     entries = max(sum(p.numel() for p in parameters), 1)
-    if call.function in _CONVOLUTIONS and entries * math.prod(reached.shape[2:]) > LARGE:
-        leaves = [p.requires_grad_() for p in parameters]
-        for rows_of_one in zip(*(x.split(1) for x in batched), strict=True):
-            with torch.enable_grad():
-                made = run(leaves, rows_of_one[1:])
-            for squared, g in zip(sums, torch.autograd.grad(made, leaves, rows_of_one[0]), strict=True):
-                squared.addcmul_(g.to(wide), g.to(wide))
-    else:
-        size = max(1, MOST // entries)
-        for some in zip(*(x.split(size) for x in batched), strict=True):
+
+    def together() -> list[Tensor]:
+        sums = [torch.zeros_like(p, dtype=wide) for p in parameters]
+        for some in zip(*(x.split(max(1, MOST // entries)) for x in batched), strict=True):
             each: tuple[Tensor, ...] = torch.func.vmap(derivatives)(*some)
             for squared, g in zip(sums, each, strict=True):
                 squared.add_(g.to(wide).square().sum(0))
+        return sums
+
+    def one_by_one() -> list[Tensor]:
+        sums, leaves = [torch.zeros_like(p, dtype=wide) for p in parameters], [p.requires_grad_() for p in parameters]
+        for u, *sample in (tuple(row) for row in zip(*(x.split(1) for x in batched), strict=True)):
+            with torch.enable_grad():
+                made = run(leaves, sample)
+            for squared, g in zip(sums, torch.autograd.grad(made, leaves, u), strict=True):
+                squared.addcmul_(g.to(wide), g.to(wide))
+        return sums
+
+    if call.function in _CONVOLUTIONS and entries * math.prod(reached.shape[2:]) > LARGE:
+        sums = one_by_one()
+    else:
+        falls_back = _functorch._is_vmap_fallback_enabled()
+        _functorch._set_vmap_fallback_enabled(False)  # which would be slower, with a warning
+        try:
+            sums = together()
+        except RuntimeError:  # of a function that has no rule for vmap
+            sums = one_by_one()
+        finally:
+            _functorch._set_vmap_fallback_enabled(falls_back)
     return found | dict(zip(names.values(), sums, strict=True))
 
 
