@@ -99,8 +99,8 @@ def hessian(
         progress: show a bar on long work; default: where standard error is a terminal.
 
     Returns:
-        A :class:`Hessian`: ``shape``, ``quadratic_form``, ``@``, ``block``, ``diagonal``, ``trace``, ``norm``,
-        ``eigsh``, ``spectral_density``, ``to_scipy``, ``dense``, ``exactness``.
+        A :class:`Hessian`: ``shape``, ``quadratic_form``, ``@``, ``products``, ``block``, ``diagonal``, ``trace``,
+        ``traces``, ``norm``, ``eigsh``, ``spectral_density``, ``to_scipy``, ``dense``, ``exactness``.
 
     Raises:
         TypeError: ``model``, ``batch`` or ``loss`` of another kind.

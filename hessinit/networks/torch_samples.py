@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 _functorch: Any = torch._C._functorch  # whose stubs lack the switch below
 MOST = 2**24  # entries of derivatives of single samples at a time
 LARGE = 2**20  # multiplications in a sample's convolution, above which one after the other is faster than vmap
-NEAR = {torch.float64: 1e-9, torch.float32: 1e-4}  # of rows computed among others; 2e-2 in half precision
+NEAR = {torch.float64: 1e-5, torch.float32: 1e-4}  # of rows computed among others; 2e-2 in half precision
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Calls(TorchFunctionMode):
         made = func(*args, **(kwargs or {}))
         flat, structure = tree_flatten((tuple(args), dict(kwargs or {})))
         names = {k: self._names[id(x)] for k, x in enumerate(flat) if id(x) in self._names}
-        if names and any(isinstance(x, Tensor) for x in tree_flatten(made)[0]):
+        outputs = [x for x in tree_flatten(made)[0] if isinstance(x, Tensor) and id(x) not in self._names]
+        if names and outputs:  # to the device where it is, and the like, is no use
             self._uses.update(names.values())
             if isinstance(made, Tensor) and made.grad_fn is not None:
                 held = [x.detach() if isinstance(x, Tensor) else x for x in flat]
