@@ -261,7 +261,7 @@ class Objective:
         if self._shared is not None:
             yield
             return
-        with self.named_errors(), self._random_state(), self._applied():
+        with self._random_state(), self._applied():
             self._shared = {}
             try:
                 yield

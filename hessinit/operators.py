@@ -462,8 +462,7 @@ class Hessian:
             Eigenvalues of shape (k,), ascending, and eigenvectors of shape (n, k), as NumPy arrays.
 
         Raises:
-            ValueError: k below 1 or above n, ncv below k + 2, another ``which``.
-            RuntimeError: not converged.
+            ValueError: k below 1 or above n, ncv below k + 2, another ``which``; not converged.
 
         References:
             G. Gur-Ari, D. Roberts, E. Dyer, "Gradient descent happens in a tiny subspace", 2018 (the start).
@@ -480,7 +479,7 @@ class Hessian:
         start = start / (np.linalg.norm(start) or 1.0)
         noise = stream(self.objective.seed, "eigsh").standard_normal(n)
         start += (noise / np.linalg.norm(noise)).astype(start.dtype)
-        with self.products() as product:
+        with self.objective.named_errors(), self.products() as product:
             return eigenpairs(product, start, k, which, self._tol if tol is None else tol, ncv, maxiter)
 
     @property

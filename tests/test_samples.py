@@ -282,3 +282,5 @@ def test_products_follow_the_model_from_one_call_to_the_next():
     with operator.products() as product:
         np.testing.assert_allclose(product(v), operator @ v, rtol=1e-12)
     assert np.abs(inside[0] - operator @ v).max() > 1e-3
+    with pytest.raises(KeyError, match="^'mine'$"), operator.products():  # an error of the user's own stays
+        raise KeyError("mine")
