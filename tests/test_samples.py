@@ -187,6 +187,19 @@ class Mixed(nn.Module):
         return self.fc(x) - 0.01 * self.fc(x).mean(0, keepdim=True)
 
 
+class InPlace(nn.Module):
+    """A weight that is added in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.added = nn.Linear(4, 3), nn.Parameter(torch.randn(3))
+
+    def forward(self, x):
+        h = self.fc(x)
+        h += self.added
+        return torch.tanh(h)
+
+
 class Offset(nn.Module):
     """A weight that is added, and a constant of as many rows as there are samples."""
 
@@ -196,7 +209,35 @@ class Offset(nn.Module):
         self.register_buffer("constant", torch.randn(4, 4))
 
     def forward(self, x):
-        return torch.tanh(x @ self.constant + self.added) @ self.scale.T
+        return torch.tanh(x @ self.constant + self.added) @ (2 * self.scale).T
+
+
+class Turned(nn.Module):
+    """Weights with their axes in another order, in one way or two, at one place or two."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.kernel = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(3, 3, 2, 6))
+        self.last, self.both = nn.Parameter(torch.randn(2, 2, 3)), nn.Parameter(torch.randn(2, 2))
+
+    def forward(self, x):
+        image = torch.tanh(x @ self.first.T).view(len(x), 1, 1, 5).expand(-1, 2, 5, -1)
+        z = (
+            torch.tanh(torch.conv2d(image, self.kernel.permute(3, 2, 0, 1))).mean((2, 3))
+            @ self.last.transpose(1, 2).flatten(1).t()
+        )
+        return z @ self.both.t() + z @ self.both
+
+
+def test_weights_with_their_axes_in_another_order():
+    torch.manual_seed(0)
+    model, x = Turned().double(), torch.randn(6, 4).double()
+    u = torch.randn(6, 2).double()
+    squared, gradients = squares(model, x)[1](u)
+    assert (set(squared), set(gradients)) == ({"first", "kernel", "last"}, {"both"})
+    sums, _ = one_by_one(model, x, u)
+    for name, value in squared.items():
+        torch.testing.assert_close(value, sums[name], rtol=1e-10, atol=0)
 
 
 def test_what_cannot_be_told_apart_is_left_to_gradients():
@@ -205,8 +246,13 @@ def test_what_cannot_be_told_apart_is_left_to_gradients():
     assert squares(Twice().double(), x) is None
     assert squares(SequenceFirst().double(), long) is None
     assert squares(Mixed().double(), x) is None
+    inside, u = InPlace().double(), torch.randn(4, 3).double()
+    pull = squares(inside, x)[1]
+    for _ in range(2):  # nothing is called again that would change what the first pass has kept
+        squared, gradients = pull(u)
+        assert (set(squared), set(gradients)) == ({"fc.weight", "fc.bias"}, {"added"})
+        torch.testing.assert_close(squared["fc.weight"], one_by_one(inside, x, u)[0]["fc.weight"])
     model = Offset().double()
-    u = torch.randn(4, 3).double()
     squared, gradients = squares(model, x)[1](u)
     assert (list(squared), list(gradients)) == (["added"], ["scale"])
     torch.testing.assert_close(squared["added"], one_by_one(model, x, u)[0]["added"])

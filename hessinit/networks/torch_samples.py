@@ -29,6 +29,9 @@ LARGE = 2**20  # multiplications in a sample's convolution, above which one afte
 NEAR = {torch.float64: 1e-5, torch.float32: 1e-4}  # of rows computed among others; 2e-2 in half precision
 
 
+Turn = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a function that takes parameters.
@@ -38,6 +41,7 @@ class Call:
         arguments: positional and by keyword, flat.
         structure: of the arguments.
         names: of parameters, by their place among the arguments.
+        back: of parameters that came in another shape or order of axes, by name: puts a tensor like that into theirs.
         edge: of the output, as it was when it came.
         output: shape.
     """
@@ -46,6 +50,7 @@ class Call:
     arguments: Sequence[Any]
     structure: Any
     names: Mapping[int, str]
+    back: Mapping[str, Turn]
     edge: GradientEdge
     output: torch.Size
 
@@ -60,26 +65,52 @@ class Calls(TorchFunctionMode):
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {id(leaf): name for name, leaf in leaves.items()}
+        self._turned: dict[int, tuple[Tensor, Turn]] = {}  # parameters in another shape, kept alive, and the way back
         self._uses: Counter[str] = Counter()
         self._calls: list[Call] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        made = func(*args, **(kwargs or {}))
         flat, structure = tree_flatten((tuple(args), dict(kwargs or {})))
+        before = _versions(flat)
+        made = func(*args, **(kwargs or {}))
         names = {k: self._names[id(x)] for k, x in enumerate(flat) if id(x) in self._names}
         outputs = [x for x in tree_flatten(made)[0] if isinstance(x, Tensor) and id(x) not in self._names]
-        if names and outputs:  # to the device where it is, and the like, is no use
-            self._uses.update(names.values())
-            if isinstance(made, Tensor) and made.grad_fn is not None:
-                held = [x.detach() if isinstance(x, Tensor) else x for x in flat]
-                self._calls.append(Call(func, held, structure, names, get_gradient_edge(made), made.shape))
+        if not names or not outputs:  # to the device where it is, and the like, is no use
+            return made
+        if 0 in names and (func in _TURNS or func in _RESHAPES):
+            turned, undo = flat[0], _way_back(func, flat[0], args[1:], kwargs or {})
+            earlier = self._turned[id(turned)][1] if id(turned) in self._turned else None
+            self._names[id(made)] = names[0]
+            self._turned[id(made)] = (made, (lambda x: earlier(undo(x))) if earlier else undo)
+            return made
+        self._uses.update(names.values())
+        in_place = _versions(flat) != before  # which must not be called again
+        if isinstance(made, Tensor) and made.grad_fn is not None and not in_place:
+            held = [x.detach() if isinstance(x, Tensor) else x for x in flat]
+            back = {name: self._turned[id(flat[k])][1] for k, name in names.items() if id(flat[k]) in self._turned}
+            self._calls.append(Call(func, held, structure, names, back, get_gradient_edge(made), made.shape))
         return made
 
     def once(self) -> list[Call]:
         """Calls of which every parameter enters in no other."""
         return [call for call in self._calls if all(self._uses[name] == 1 for name in call.names.values())]
+
+
+def _versions(arguments: Sequence[Any]) -> list[int]:
+    """Of the tensors among some arguments: how often each was written in place."""
+    return [x._version for x in arguments if isinstance(x, Tensor) and not x.is_inference()]
+
+
+def _way_back(func: Callable[..., Tensor], x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Turn:
+    """What undoes a change of shape or of the order of axes."""
+    if func in _RESHAPES:
+        shape = x.shape
+        return lambda made: made.reshape(shape)
+    told = func(torch.empty([2 + k for k in range(x.ndim)], device="meta"), *args, **kwargs).shape  # axis k as 2 + k
+    order = [told.index(2 + k) for k in range(x.ndim)]
+    return lambda made: made.permute(order)
 
 
 def rows_apart(calls: Sequence[Call], few: Sequence[Call], samples: int, first: int) -> dict[str, Sequence[int]]:
@@ -127,6 +158,12 @@ def squares(call: Call, rows: Sequence[int], reached: Tensor) -> dict[str, Tenso
         rows: its arguments with a row a sample.
         reached: what the backward pass brings to its output.
     """
+    found = _squares(call, rows, reached)
+    return {name: call.back[name](s) if name in call.back else s for name, s in found.items()}
+
+
+def _squares(call: Call, rows: Sequence[int], reached: Tensor) -> dict[str, Tensor]:
+    """Likewise, with the axes as they came."""
     found: dict[str, Tensor] = {}
     wide = reached.dtype if reached.dtype == torch.float64 else torch.float32
     names, arguments = dict(call.names), list(call.arguments)
@@ -184,4 +221,14 @@ def squares(call: Call, rows: Sequence[int], reached: Tensor) -> dict[str, Tenso
 
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_TURNS = {
+    *(torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.t),
+    *(Tensor.permute, Tensor.transpose, Tensor.swapaxes, Tensor.movedim, Tensor.t),
+    *(getattr(Tensor.T, "__get__"), getattr(Tensor.mT, "__get__")),  # noqa: B009 - which mypy does not know
+}
+_RESHAPES = {
+    *(torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze),
+    *(Tensor.reshape, Tensor.flatten, Tensor.unflatten, Tensor.squeeze, Tensor.unsqueeze),
+    *(Tensor.view, Tensor.view_as, Tensor.reshape_as, Tensor.contiguous),
+}
 _MATRICES = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
