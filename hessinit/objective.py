@@ -442,14 +442,13 @@ class Objective:
             return None
         try:
             first = self._chunk(next(iter(self.batches.split(chunk.batch, few))))
-            found = self.network.derivatives.squares(
+            return self.network.derivatives.squares(
                 chunk.outputs, first.outputs, self.values(names), names, samples, few
             )
         except Exception as error:  # a model of fixed batch size, an operation without a rule for rows, …
             if out_of_memory(error):
                 raise
             return None
-        return found
 
     def over_columns(self, names: Sequence[str], of: Callable[[dict[str, Array]], Any]) -> Any:
         """``Σ of(Jᵀ r)`` over every column r of R, of being quadratic: a backward pass for each output entry."""

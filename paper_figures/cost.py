@@ -108,6 +108,14 @@ def problem(net: str, samples: int) -> tuple[nn.Module, Tensor, Tensor]:
     return build().eval(), torch.randn(samples, *shape), torch.randint(10, (samples,))
 
 
+def layers(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the parameters of each layer."""
+    found: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        found.setdefault(name.rpartition(".")[0], []).append(name)
+    return found
+
+
 def peak_memory(run: Callable[[], Any]) -> float:
     """Peak of the memory that torch hands out while something runs, in MiB."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

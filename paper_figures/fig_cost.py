@@ -41,7 +41,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from cost import CrossEntropy, peak_memory, problem
+from cost import CrossEntropy, layers, peak_memory, problem
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -108,14 +108,6 @@ def works(net: str, samples: int) -> Iterator[Work]:
             for work in peer(copy.deepcopy(model), criterion, x, y, v):
                 run = _unfused(work.run) if "GPT" in net else work.run
                 yield Work(work.operation, library, run, work.settings)
-
-
-def layers(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the parameters of each layer."""
-    found: dict[str, list[str]] = {}
-    for name, _ in model.named_parameters():
-        found.setdefault(name.rpartition(".")[0], []).append(name)
-    return found
 
 
 def ours(model: nn.Module, x: Tensor, y: Tensor, v: Mapping[str, Tensor], full: bool = False) -> Iterator[Work]:

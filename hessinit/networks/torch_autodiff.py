@@ -117,25 +117,15 @@ class TorchDerivatives(Derivatives):
         leaves = _leaves(values)
         with torch.enable_grad():
             z = f(leaves)
-            pull = _pull(z, {name: leaves[name] for name in rows}, lambda: f(leaves))
-            if any("Convolution" in node.name() for node in _ancestors([z])):  # of slow second derivatives
-                return z.detach(), lambda v: self.jvp(f, values, v)[1], pull
-            u = torch.zeros_like(z, requires_grad=True)
-            try:
-                wanted = [leaves[name] for name in cols if z.requires_grad]
-                pulled = torch.autograd.grad(z, wanted, u, create_graph=True, allow_unused=True) if wanted else ()
-                _check_differentiable(pulled)
-            except RuntimeError:  # none at all
-                return z.detach(), lambda v: self.jvp(f, values, v)[1], pull
-        reached = {name: g for name, g in zip(cols, pulled, strict=False) if g is not None and g.requires_grad}
 
-        def push(tangents: Named) -> Tensor:  # as the derivative of u → uᵀJ v, all of it kept from before
-            if not reached:
-                return torch.zeros_like(u)
-            directions = [tangents[name] for name in reached]
-            return torch.autograd.grad(list(reached.values()), u, directions, retain_graph=True)[0]
+        def forward(tangents: Named) -> Tensor:
+            return self.jvp(f, values, tangents)[1]
 
-        return z.detach(), push, pull
+        push: Callable[[Named], Tensor] = forward
+        if not any("Convolution" in node.name() for node in _ancestors([z])):  # of slow second derivatives
+            with contextlib.suppress(RuntimeError):  # where there are none at all
+                push = _push(z, leaves, cols)
+        return z.detach(), push, _pull(z, {name: leaves[name] for name in rows}, lambda: f(leaves))
 
     def curve(
         self, f: Function, values: Named, cols: Sequence[str], rows: Sequence[str]
@@ -210,20 +200,33 @@ def _curve(
     return value.detach(), along
 
 
+def _push(z: Tensor, leaves: Mapping[str, Tensor], cols: Sequence[str]) -> Callable[[Named], Tensor]:
+    """The map ``v → J v`` as the derivative of ``u → uᵀJ v``, for many v.
+
+    Raises:
+        RuntimeError: a backward function cannot be differentiated.
+    """
+    with torch.enable_grad():
+        u = torch.zeros_like(z, requires_grad=True)
+        moved = [leaves[name] for name in cols if z.requires_grad]
+        pulled = torch.autograd.grad(z, moved, u, create_graph=True, allow_unused=True) if moved else ()
+        _check_differentiable(pulled)
+    reached = {name: g for name, g in zip(cols, pulled, strict=False) if g is not None and g.requires_grad}
+
+    def push(tangents: Named) -> Tensor:
+        if not reached:
+            return torch.zeros_like(z)
+        directions = [tangents[name] for name in reached]
+        return torch.autograd.grad(list(reached.values()), u, directions, retain_graph=True)[0]
+
+    return push
+
+
 def _jvp_in_reverse(f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Tensor, Tensor, Pull]:
-    """``J v`` as the derivative of ``u → uᵀJ v``."""
     with torch.enable_grad():
         leaves = _leaves(values)
         z = f(leaves)
-        moved, dz = [leaves[name] for name in tangents], torch.zeros_like(z)
-        if z.requires_grad and moved:
-            u = torch.zeros_like(z, requires_grad=True)
-            pulled = torch.autograd.grad(z, moved, u, create_graph=True, allow_unused=True)
-            _check_differentiable(pulled)
-            pairs = [(g, t) for g, t in zip(pulled, tangents.values(), strict=True) if g is not None]
-            if pairs:
-                gradients, directions = zip(*pairs, strict=True)
-                dz = torch.autograd.grad(gradients, u, directions)[0]
+    dz = _push(z, leaves, list(tangents))(tangents)
     return z.detach(), dz.detach(), _pull(z, {name: leaves[name] for name in rows})
 
 
