@@ -144,6 +144,36 @@ def signs(rng: np.random.Generator, shape: Sequence[int]) -> Weights:
     return rng.integers(0, 2, tuple(shape)) * 2.0 - 1.0
 
 
+def balanced_signs(rng: np.random.Generator, shape: Sequence[int], axis: int) -> Weights:
+    """Random signs whose rows along an axis are orthogonal to each other in blocks.
+
+    Each row is uniform over all signs and uncorrelated with every other, so an estimate from them is unbiased as from
+    independent ones. With n entries a row and m the next power of two, every m rows hold each row of a Hadamard matrix
+    of that size once, cut to n entries, with the signs of its columns and rows drawn: the sum of ``ε εᵀ`` over them is
+    m times the identity, so a quadratic form that is the same for all rows has no spread.
+
+    Args:
+        rng: source of randomness.
+        shape: of the signs.
+        axis: along which the entries of a row lie.
+
+    References:
+        C. Bekas, E. Kokiopoulou and Y. Saad, "An estimator for the diagonal of a matrix", Applied Numerical
+        Mathematics 57, 2007, section 3 (Hadamard vectors).
+    """
+    entries = shape[axis]
+    others = [n for k, n in enumerate(shape) if k != axis % len(shape)]
+    rows, bits = int(np.prod(others)), max(entries - 1, 0).bit_length()
+    blocks = np.tile(np.arange(2**bits), (-(-rows // 2**bits), 1))
+    chosen = rng.permuted(blocks, axis=1).ravel()[:rows, None]
+    hadamard = np.ones((rows, 1), np.int8)
+    for bit in range(bits):
+        hadamard = np.concatenate([hadamard, hadamard * (1 - 2 * (chosen >> bit & 1)).astype(np.int8)], axis=1)
+    of_rows, of_columns = (signs(rng, shape).astype(np.int8) for shape in ((rows, 1), (entries,)))
+    drawn: Any = of_rows * of_columns * hadamard[:, :entries]
+    return np.moveaxis(drawn.reshape(*others, entries), -1, axis)
+
+
 def stream(seed: int, *names: str | int) -> np.random.Generator:
     """The random stream of one weight: a function of the seed and of names alone, not of the order of calls."""
     digest = hashlib.blake2b("/".join(str(part) for part in (seed, *names)).encode(), digest_size=16).digest()

@@ -78,6 +78,10 @@ class Loss:
             unit[k] = 1
             yield 1.0, self.root(z, y, self.arrays.asarray(unit.reshape(z.shape), z))
 
+    def class_axis(self, shape: Shape, y: Array) -> int:
+        """Along which the outputs of one loss term lie; the last where each output has a term."""
+        return len(shape) - 1
+
     def natural(self, z: Array, y: Array) -> Array:
         """The outputs as the loss sees them before the last softmax or sigmoid, up to what the loss ignores."""
         return z
@@ -115,9 +119,9 @@ class CrossEntropy(Loss):
     outputs: str = LOGITS
 
     def _axis(self, z: Array, y: Array) -> int:
-        return self._class_axis(tuple(z.shape), y)
+        return self.class_axis(tuple(z.shape), y)
 
-    def _class_axis(self, shape: Shape, y: Array) -> int:
+    def class_axis(self, shape: Shape, y: Array) -> int:
         last = len(shape) - 1
         if self.axis is None:
             return last if tuple(y.shape) == shape[:-1] != shape[:1] + shape[2:] else min(1, last)
@@ -186,7 +190,7 @@ class CrossEntropy(Loss):
         return a.asarray(a.reshape(valid, shape), z), a.where(valid, labels, labels * 0)
 
     def count(self, shape: Shape, y: Array) -> float:
-        a, classes = self.arrays, shape[self._class_axis(shape, y)]
+        a, classes = self.arrays, shape[self.class_axis(shape, y)]
         if self._soft(shape, y) or (self.weight is None and self.ignore_index is None):
             return float(np.prod(shape) / classes)
         labels = a.numpy(y)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hessinit.batches import Batches, fixed_draws, inputs_and_targets, out_of_memory, random_states_kept
-from hessinit.draw import signs, stream
+from hessinit.draw import balanced_signs, signs, stream
 from hessinit.losses import Loss
 from hessinit.networks import wrap
 from hessinit.networks.base import Alone, Array, Group, Named, Network, OnData
@@ -385,7 +385,7 @@ class Objective:
     def squares(
         self, names: Sequence[str], probe: int, of_squares: Callable[[Array], Any], of_gradient: Callable[[Array], Any]
     ) -> dict[str, Any] | None:
-        """The diagonal, reduced, from ``g_s = J_sᵀ R_s ε_s`` with random signs ε: unbiased, one backward pass.
+        """The diagonal, reduced, from ``g_s = J_sᵀ R_s ε_s`` with balanced signs ε: unbiased, one backward pass.
 
         ``Σ_s g_s²`` over samples where these can be told apart, else ``(Σ_s g_s)²``, whose expectation is the same and
         whose spread is larger, by products of different samples. None for a loss without an analytic root.
@@ -399,9 +399,10 @@ class Objective:
             z, pull = apart or self._once(
                 ("vjp", *names), lambda: self.network.derivatives.vjp(chunk.outputs, self.values(names))
             )
-            epsilon = self.network.arrays.asarray(signs(rng, z.shape), z)
+            drawn = balanced_signs(rng, chunk.shape, self.loss.class_axis(chunk.shape, chunk.targets))
+            epsilon = self.network.arrays.asarray(drawn, z)
             rooted = self.loss.root(z, chunk.targets, epsilon)
-            squares, gradients = pull(rooted) if apart else ({}, pull(rooted))
+            squares, gradients = pull([rooted]) if apart else ({}, pull(rooted))
             found = {name: of_squares(s) for name, s in squares.items()}
             found |= {name: of_gradient(g) for name, g in gradients.items() if name in names}
             return z, {name: found[name] for name in names}
@@ -419,13 +420,7 @@ class Objective:
             sums: dict[str, Array] = {}
             if apart is not None:
                 z, pull = apart
-                unit = np.zeros((z.shape[0], int(np.prod(z.shape[1:]))))
-                for k in track(range(unit.shape[1]), "outputs", self.progress):
-                    unit[:] = 0
-                    unit[:, k] = 1
-                    column = self.network.arrays.asarray(unit.reshape(z.shape), z)
-                    new, _ = pull(self.loss.root(z, chunk.targets, column))
-                    sums = _add(sums, new) if sums else new
+                sums, _ = pull(self._columns(z, chunk))
             rest = [name for name in names if name not in sums]
             if rest:
                 z, others = self._one_by_one(chunk, rest, lambda row: {n: g * g for n, g in row.items()})
@@ -434,8 +429,16 @@ class Objective:
 
         return dict(self.over_data(work))
 
+    def _columns(self, z: Array, chunk: Chunk) -> Iterator[Array]:
+        """``R_s e_k`` of all samples s, for one output k after the other."""
+        unit = np.zeros((chunk.shape[0], int(np.prod(chunk.shape[1:]))))
+        for k in track(range(unit.shape[1]), "outputs", self.progress):
+            unit[:] = 0
+            unit[:, k] = 1
+            yield self.loss.root(z, chunk.targets, self.network.arrays.asarray(unit.reshape(chunk.shape), z))
+
     def _apart(self, chunk: Chunk, names: Sequence[str]) -> tuple[Array, Any] | None:
-        """Outputs and a map ``u → (Σ_s (J_sᵀ u_s)² of some names, Jᵀu of the others)``; None if there are none such."""
+        """Outputs and a map of some u to ``Σ_s (J_sᵀ u_s)²`` of some names and ``Jᵀu`` of the others, or None."""
         samples = self.batches.samples(chunk.batch) or 0
         few = min(2, samples - 1)
         if few < 1:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hessinit.draw import LAWS, TRUNCATION, check_distribution, draw, stream
+from hessinit.draw import LAWS, TRUNCATION, balanced_signs, check_distribution, draw, stream
 from hessinit.layout import Layout
 
 N = 200  # a law test sees N x N entries
@@ -96,6 +96,22 @@ def test_orthogonal_is_uniform_over_rotations():
     assert abs(np.mean(traces)) < 4 / math.sqrt(2000)
     raw = [np.trace(np.linalg.qr(rng.standard_normal((8, 8)))[0]) for _ in range(2000)]
     assert abs(np.mean(raw)) > 4 / math.sqrt(2000)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((6,), 0), ((7, 1), -1), ((5, 3), 1), ((2, 10, 9), 1), ((3, 4, 5), -1)])
+def test_balanced_signs_are_signs_and_uncorrelated(shape, axis):
+    """In every entry alone and in every pair, over many draws; independent ones would have the same second moments."""
+    draws = np.stack([balanced_signs(np.random.default_rng(k), shape, axis).ravel() for k in range(4000)]).astype(float)
+    assert set(np.unique(draws)) == {-1.0, 1.0}
+    assert abs(draws.mean(axis=0)).max() < 5 / 4000**0.5
+    assert abs(draws.T @ draws / 4000 - np.eye(draws.shape[1])).max() < 5 / 4000**0.5
+
+
+@pytest.mark.parametrize(("entries", "block"), [(1, 1), (2, 2), (10, 16), (96, 128)])
+def test_balanced_signs_have_orthogonal_columns_in_every_block(entries, block):
+    drawn = balanced_signs(np.random.default_rng(0), (2, 2 * block, entries), 2).reshape(4, block, entries)
+    for rows in drawn.astype(int):
+        assert np.array_equal(rows.T @ rows, block * np.eye(entries))
 
 
 @pytest.mark.parametrize("distribution", sorted(LAWS))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hessinit import curvature
+from hessinit.draw import signs
 from hessinit.networks.torch_autodiff import TorchDerivatives
 
 MODELS = cases.models()
@@ -58,12 +59,15 @@ def test_squares_are_those_of_one_sample_after_the_other(name):
         return
     z, pull = found
     u = torch.randn_like(z)
-    squared, gradients = pull(u)
+    squared, gradients = pull([u])
     sums, whole = one_by_one(model, x, u)
     assert len(squared) == APART.get(name, len(sums))
     assert squared.keys() | gradients.keys() == sums.keys()
     for key, value in [*((key, sums[key]) for key in squared), *((key, whole[key]) for key in gradients)]:
         torch.testing.assert_close((squared | gradients)[key], value, rtol=1e-10, atol=1e-14)
+    for again, factor in zip(pull([u, -2 * u]), (5, -1), strict=True):  # squares and gradients of both
+        for key, value in again.items():
+            torch.testing.assert_close(value, factor * (squared | gradients)[key], rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ def test_large_and_small_convolutions(layer, size):
     layer.double()
     z, pull = squares(layer, x)
     u = torch.randn_like(z)
-    squared, _ = pull(u)
+    squared, _ = pull([u])
     sums, _ = one_by_one(layer, x, u)
     for name in ("weight", "bias"):
         torch.testing.assert_close(squared[name], sums[name], rtol=1e-10, atol=0)
@@ -133,9 +137,9 @@ def test_a_function_without_a_rule_for_vmap_goes_sample_by_sample(monkeypatch):
 
     model, x = MODELS["layer and group norm"].model, MODELS["layer and group norm"].batch[0]
     u = torch.randn_like(model(x))
-    expected, _ = squares(model, x)[1](u)
+    expected, _ = squares(model, x)[1]([u])
     monkeypatch.setattr(torch.func, "vmap", vmap)
-    found, _ = squares(model, x)[1](u)
+    found, _ = squares(model, x)[1]([u])
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=0)
 
@@ -233,7 +237,7 @@ def test_weights_with_their_axes_in_another_order():
     torch.manual_seed(0)
     model, x = Turned().double(), torch.randn(6, 4).double()
     u = torch.randn(6, 2).double()
-    squared, gradients = squares(model, x)[1](u)
+    squared, gradients = squares(model, x)[1]([u])
     assert (set(squared), set(gradients)) == ({"first", "kernel", "last"}, {"both"})
     sums, _ = one_by_one(model, x, u)
     for name, value in squared.items():
@@ -249,11 +253,11 @@ def test_what_cannot_be_told_apart_is_left_to_gradients():
     inside, u = InPlace().double(), torch.randn(4, 3).double()
     pull = squares(inside, x)[1]
     for _ in range(2):  # nothing is called again that would change what the first pass has kept
-        squared, gradients = pull(u)
+        squared, gradients = pull([u])
         assert (set(squared), set(gradients)) == ({"fc.weight", "fc.bias"}, {"added"})
         torch.testing.assert_close(squared["fc.weight"], one_by_one(inside, x, u)[0]["fc.weight"])
     model = Offset().double()
-    squared, gradients = squares(model, x)[1](u)
+    squared, gradients = squares(model, x)[1]([u])
     assert (list(squared), list(gradients)) == (["added"], ["scale"])
     torch.testing.assert_close(squared["added"], one_by_one(model, x, u)[0]["added"])
 
@@ -264,7 +268,7 @@ def test_squares_of_half_precision_are_in_single(dtype):
     model, x = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)).to(dtype), torch.randn(6, 4).to(dtype)
     z, pull = squares(model, x)
     u = 1e-3 * torch.randn_like(z)  # of squares that half precision has not
-    squared, _ = pull(u)
+    squared, _ = pull([u])
     sums, _ = one_by_one(model.double(), x.double(), u.double())
     for name, s in squared.items():
         assert s.dtype == torch.float32
@@ -288,6 +292,27 @@ def test_one_probe_says_as_much_of_the_traces_as_many_of_sums_would():
         return np.array([traces.standard_error[name] / true[name] for name in true])
 
     assert (spread(True) ** 2 < spread(False) ** 2 / 20).all()
+
+
+def test_signs_of_samples_that_are_alike_leave_no_spread(monkeypatch):
+    """Exact where all samples are one; where they have much in common, less than half the variance."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10)).double()
+    x, y = 1 + 0.3 * torch.randn(256, 20).double(), torch.arange(256) % 10
+    same = curvature.hessian(net, (x[:1].expand(32, -1), y[:32]), "cross_entropy")
+    for name, value in same.traces().items():
+        assert same.traces(1)[name] == pytest.approx(value, rel=1e-9)
+
+    def variances():
+        operator = curvature.hessian(net, (x, y), "cross_entropy")
+        of_traces, of_diagonal = operator.traces(32).standard_error, operator.diagonal(32).standard_error
+        return [e**2 for e in of_traces.values()], sum(float((e**2).sum()) for e in of_diagonal.values())
+
+    (traces, diagonal), independent = variances(), lambda rng, shape, axis: signs(rng, shape)
+    monkeypatch.setattr("hessinit.objective.balanced_signs", independent)
+    others, other = variances()
+    assert np.less(traces, np.divide(others, 2)).all()
+    assert diagonal < other / 3
 
 
 def test_passes_are_shared_only_where_memory_is_that_of_one_chunk():

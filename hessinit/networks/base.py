@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -186,9 +186,9 @@ class Derivatives(Protocol):
 
     def squares(
         self, f: Function, few: Function, values: Named, names: Sequence[str], samples: int, first: int
-    ) -> tuple[Array, Callable[[Array], tuple[dict[str, Array], dict[str, Array]]]] | None:
-        """``f(values)`` and a map from u, with a row a sample, to ``Σ_s (J_sᵀ u_s)²`` of the names that allow it and
-        ``Jᵀu`` of the others, in one backward pass; None, which is the default, if no name does.
+    ) -> tuple[Array, Callable[[Iterable[Array]], tuple[dict[str, Array], dict[str, Array]]]] | None:
+        """``f(values)`` and a map from some u, each with a row a sample, to ``Σ_u Σ_s (J_sᵀ u_s)²`` of the names that
+        allow it and ``Jᵀ Σ u`` of the others, with a backward pass for each; None, the default, if no name does.
 
         Args:
             f: outputs of a batch.

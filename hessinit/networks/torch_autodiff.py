@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from hessinit.batches import at_the_end
 from hessinit.networks.base import Derivatives, Function, Named, Pull
-from hessinit.networks.torch_samples import Call, Calls, near, rows_apart, squares
+from hessinit.networks.torch_samples import Call, Calls, near, parts, rows_apart, squares
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ class TorchDerivatives(Derivatives):
 
     def squares(
         self, f: Function, few: Function, values: Named, names: Sequence[str], samples: int, first: int
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]]] | None:
+    ) -> tuple[Tensor, Callable[[Iterable[Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]]] | None:
         leaves, constants = _leaves_and_constants(values, names)
 
         def record(f: Function) -> tuple[Tensor, list[Call]]:
@@ -156,17 +156,24 @@ class TorchDerivatives(Derivatives):
         told = {name for call in calls for name in call.names.values()}
         others = [name for name in names if name not in told]
 
-        def pull(cotangent: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        def pull(cotangents: Iterable[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             wanted: Any = [*(call.edge for call in calls), *(leaves[name] for name in others)]
-            reached = torch.autograd.grad(z, wanted, cotangent, retain_graph=True, allow_unused=True)
+            sums: list[list[Tensor]] = [[] for _ in calls]
+            rest = {name: torch.zeros_like(leaves[name]) for name in others}
+            for cotangent in cotangents:
+                reached = torch.autograd.grad(z, wanted, cotangent, retain_graph=True, allow_unused=True)
+                for k, (call, u) in enumerate(zip(calls, reached, strict=False)):
+                    if u is not None:
+                        new = parts(call, rows[next(iter(call.names.values()))], u)
+                        sums[k] = [s + n for s, n in zip(sums[k], new, strict=True)] if sums[k] else new
+                for name, g in zip(others, reached[len(calls) :], strict=True):
+                    rest[name] = rest[name] if g is None else rest[name] + g
             found: dict[str, Tensor] = {}
-            for call, u in zip(calls, reached, strict=False):
-                into = list(call.names.values())
-                found |= (
-                    {n: torch.zeros_like(leaves[n]) for n in into} if u is None else squares(call, rows[into[0]], u)
-                )
-            rest = zip(others, reached[len(calls) :], strict=True)
-            return found, {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in rest}
+            for call, into in zip(calls, sums, strict=True):
+                into_names = list(call.names.values())
+                zeros = {name: torch.zeros_like(leaves[name]) for name in into_names}
+                found |= squares(call, rows[into_names[0]], into) if into else zeros
+            return found, rest
 
         return z.detach(), pull
 

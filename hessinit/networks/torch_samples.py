@@ -30,6 +30,8 @@ NEAR = {torch.float64: 1e-5, torch.float32: 1e-4}  # of rows computed among othe
 
 
 Turn = Callable[[Tensor], Tensor]
+# From what reaches the output of one sample, and that sample's rows, to the derivatives of the parameters.
+OfSample = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -150,77 +152,112 @@ def near(x: Tensor, y: Tensor) -> bool:
     return bool((x - y).abs().max() <= NEAR.get(x.dtype, 2e-2) * y.abs().max()) if x.numel() else True
 
 
-def squares(call: Call, rows: Sequence[int], reached: Tensor) -> dict[str, Tensor]:
-    """``Σ_s g_s²`` of a call's parameters, by name, in at least single precision.
+def parts(call: Call, rows: Sequence[int], reached: Tensor) -> list[Tensor]:
+    """What of ``Σ_s g_s²`` of a call's parameters has to be computed for each backward pass; several passes add up.
 
     Args:
         call: whose parameters enter nowhere else.
         rows: its arguments with a row a sample.
         reached: what the backward pass brings to its output.
     """
-    found = _squares(call, rows, reached)
-    return {name: call.back[name](s) if name in call.back else s for name, s in found.items()}
-
-
-def _squares(call: Call, rows: Sequence[int], reached: Tensor) -> dict[str, Tensor]:
-    """Likewise, with the axes as they came."""
-    found: dict[str, Tensor] = {}
     wide = reached.dtype if reached.dtype == torch.float64 else torch.float32
-    names, arguments = dict(call.names), list(call.arguments)
-    if call.function in _MATRICES and rows == [0] and reached.ndim == arguments[0].ndim == 2 and 1 in names:
-        x, into = arguments[0].to(wide).square(), reached.to(wide).square()
-        found[names.pop(1)] = into.T @ x if call.function is F.linear else x.T @ into
-        if 2 in names:
-            found[names.pop(2)] = into.sum(0)
-    if not names:
-        return found
-    parameters = [arguments[place] for place in names]
+    if _is_product(call, rows):
+        return [reached.to(wide).square()]
+    parameters = [call.arguments[place] for place in call.names]
+    batched = [reached, *(call.arguments[k] for k in rows)]
+    entries = max(sum(p.numel() for p in parameters), 1)
+    sums = [torch.zeros_like(p, dtype=wide) for p in parameters]
 
-    def run(parameters: Sequence[Tensor], sample: Sequence[Tensor]) -> Tensor:
-        given = dict(zip(names, parameters, strict=True)) | dict(zip(rows, sample, strict=True))
-        args, kwargs = tree_unflatten([given.get(k, x) for k, x in enumerate(arguments)], call.structure)
-        return call.function(*args, **kwargs)
+    def one_by_one(derivatives: OfSample) -> None:
+        for row in zip(*batched, strict=True):
+            for squared, g in zip(sums, derivatives(*row), strict=True):
+                squared.addcmul_(g.to(wide), g.to(wide))
 
-    def derivatives(reached: Tensor, *sample: Tensor) -> tuple[Tensor, ...]:
-        pull = torch.func.vjp(lambda *given: run(given, [x[None] for x in sample]), *parameters)[1]
-        pulled: tuple[Tensor, ...] = pull(reached[None])
+    def together(derivatives: OfSample) -> None:
+        for some in zip(*(x.split(max(1, MOST // entries)) for x in batched), strict=True):
+            for squared, g in zip(sums, torch.func.vmap(derivatives)(*some), strict=True):
+                squared.add_(g.to(wide).square().sum(0))
+
+    if call.edge.node.name() == "ConvolutionBackward0" and rows == [0] and call.names.keys() <= {1, 2}:
+        batched[1] = call.edge.node._saved_input.detach()  # type: ignore[attr-defined]  # padded, where that is apart
+        large = entries * math.prod(reached.shape[2:]) > LARGE
+        (one_by_one if large else together)(_of_convolution(call))
+        return sums
+    falls_back = _functorch._is_vmap_fallback_enabled()
+    _functorch._set_vmap_fallback_enabled(False)  # which would be slower, with a warning
+    try:
+        together(_of_function(call, rows, parameters))
+    except RuntimeError:  # of a function that has no rule for vmap
+        for squared in sums:
+            squared.zero_()
+        one_by_one(_of_any_function(call, rows, parameters))
+    finally:
+        _functorch._set_vmap_fallback_enabled(falls_back)
+    return sums
+
+
+def squares(call: Call, rows: Sequence[int], parts: Sequence[Tensor]) -> dict[str, Tensor]:
+    """``Σ_s g_s²`` of a call's parameters, by name, in at least single precision, from the sum of its parts."""
+    if _is_product(call, rows):
+        into, x = parts[0], call.arguments[0].to(parts[0].dtype).square()
+        turned = call.function is F.linear
+        parts = [into.sum(0) if place == 2 else into.T @ x if turned else x.T @ into for place in call.names]
+    named = zip(call.names.values(), parts, strict=True)
+    return {name: call.back[name](s) if name in call.back else s for name, s in named}
+
+
+def _is_product(call: Call, rows: Sequence[int]) -> bool:
+    """Of a matrix with a row a sample and one of parameters: of its squares, ``Σ_s g_s²`` is a product too."""
+    matrices = call.function in _MATRICES and len(call.output) == call.arguments[0].ndim == 2
+    return matrices and rows == [0] and call.names.keys() <= {1, 2}
+
+
+def _of_convolution(call: Call) -> OfSample:
+    """As torch's backward pass does it, without the forward pass that the others need."""
+    node: Any = call.edge.node
+    weight, bias = node._saved_weight.detach(), node._saved_bias_sym_sizes_opt
+    steps = node._saved_stride, node._saved_padding, node._saved_dilation
+    rest = node._saved_transposed, node._saved_output_padding, node._saved_groups
+    wanted = [False, 1 in call.names, 2 in call.names]
+
+    def derivatives(reached: Tensor, x: Tensor) -> list[Tensor]:
+        found = torch.ops.aten.convolution_backward(reached[None], x[None], weight, bias, *steps, *rest, wanted)
+        return [found[place] for place in call.names]
+
+    return derivatives
+
+
+def _once_more(call: Call, rows: Sequence[int], parameters: Sequence[Tensor], sample: Sequence[Tensor]) -> Tensor:
+    """The call with other parameters, of one sample."""
+    given = dict(zip(call.names, parameters, strict=True)) | dict(zip(rows, (x[None] for x in sample), strict=True))
+    args, kwargs = tree_unflatten([given.get(k, x) for k, x in enumerate(call.arguments)], call.structure)
+    return call.function(*args, **kwargs)
+
+
+def _of_function(call: Call, rows: Sequence[int], parameters: Sequence[Tensor]) -> OfSample:
+    """For vmap."""
+
+    def derivatives(reached: Tensor, *sample: Tensor) -> Sequence[Tensor]:
+        pulled: Sequence[Tensor] = torch.func.vjp(lambda *p: _once_more(call, rows, p, sample), *parameters)[1](
+            reached[None]
+        )
         return pulled
 
-    batched = [reached, *(arguments[k] for k in rows)]
-    entries = max(sum(p.numel() for p in parameters), 1)
-
-    def together() -> list[Tensor]:
-        sums = [torch.zeros_like(p, dtype=wide) for p in parameters]
-        for some in zip(*(x.split(max(1, MOST // entries)) for x in batched), strict=True):
-            each: tuple[Tensor, ...] = torch.func.vmap(derivatives)(*some)
-            for squared, g in zip(sums, each, strict=True):
-                squared.add_(g.to(wide).square().sum(0))
-        return sums
-
-    def one_by_one() -> list[Tensor]:
-        sums, leaves = [torch.zeros_like(p, dtype=wide) for p in parameters], [p.requires_grad_() for p in parameters]
-        for u, *sample in (tuple(row) for row in zip(*(x.split(1) for x in batched), strict=True)):
-            with torch.enable_grad():
-                made = run(leaves, sample)
-            for squared, g in zip(sums, torch.autograd.grad(made, leaves, u), strict=True):
-                squared.addcmul_(g.to(wide), g.to(wide))
-        return sums
-
-    if call.function in _CONVOLUTIONS and entries * math.prod(reached.shape[2:]) > LARGE:
-        sums = one_by_one()
-    else:
-        falls_back = _functorch._is_vmap_fallback_enabled()
-        _functorch._set_vmap_fallback_enabled(False)  # which would be slower, with a warning
-        try:
-            sums = together()
-        except RuntimeError:  # of a function that has no rule for vmap
-            sums = one_by_one()
-        finally:
-            _functorch._set_vmap_fallback_enabled(falls_back)
-    return found | dict(zip(names.values(), sums, strict=True))
+    return derivatives
 
 
-_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+def _of_any_function(call: Call, rows: Sequence[int], parameters: Sequence[Tensor]) -> OfSample:
+    """For one sample at a time."""
+    leaves = [p.requires_grad_() for p in parameters]
+
+    def derivatives(reached: Tensor, *sample: Tensor) -> Sequence[Tensor]:
+        with torch.enable_grad():
+            made = _once_more(call, rows, leaves, sample)
+        return torch.autograd.grad(made, leaves, reached[None])
+
+    return derivatives
+
+
 _TURNS = {
     *(torch.permute, torch.transpose, torch.swapaxes, torch.movedim, torch.t),
     *(Tensor.permute, Tensor.transpose, Tensor.swapaxes, Tensor.movedim, Tensor.t),
