@@ -1,10 +1,26 @@
 """Keras picks its backend at import; tests that need another one run in a process of their own."""
 
 import os
+import sys
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel processes, on small problems
 
+
+class Unused(Loader):
+    """TensorFlow where Keras has another backend, and would take seconds to import it for its seed alone."""
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return ModuleSpec(name, cls()) if name == "tensorflow" != os.environ["KERAS_BACKEND"] else None
+
+    def exec_module(self, module):
+        raise ImportError(f"not to be imported: {module.__name__}")
+
+
+sys.meta_path.insert(0, Unused)
 LONGEST = ("test_keras.py", "test_notebooks.py", "test_style.py")
 
 

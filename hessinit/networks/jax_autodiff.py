@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +12,8 @@ import numpy as np
 
 from hessinit.networks.base import Derivatives, Function, Named, OnData, Pull
 
+MOST = 2**24  # entries of derivatives of single samples at a time
+NEAR = 1e-4  # outputs of some samples alone and among others, up to rounding
 _pull_compiled = jax.jit(lambda pull, cotangent: pull(cotangent)[0])
 _ARRAYS = (jax.Array, np.ndarray, np.number, bool, int, float)
 
@@ -103,3 +105,82 @@ class JaxDerivatives(Derivatives):
         key = ("hvp", *tangents, None, *rows)
         value, product = self._derive(derivative, key, f, dict(values), dict(tangents))
         return value, dict(product)
+
+    def squares(
+        self, f: Function, few: Function, values: Named, names: Sequence[str], samples: int, first: int
+    ) -> tuple[Any, Callable[[Iterable[Any]], tuple[dict[str, Any], dict[str, Any]]]] | None:
+        """Of all names or none: each sample goes through the model by itself, many at a time by ``jax.vmap``."""
+        assert isinstance(f, OnData)
+        assert isinstance(few, OnData)
+        z, its, (batch, _), (part, _) = f(values), few(values), f.data(), few.data()
+        leaves, structure = jax.tree.flatten(batch)
+        if len(z) != samples or not all(isinstance(x, _ARRAYS) for x in leaves) or not _near(z[:first], its):
+            return None
+        rows = [
+            np.ndim(x) > 0 and (len(x), len(y)) == (samples, first)
+            for x, y in zip(leaves, jax.tree.leaves(part), strict=True)
+        ]
+        ready = self._compiled.setdefault(f.whole, {})
+        key = ("squares", *names, None, *rows, structure)
+        if key not in ready:
+            ready[key] = jax.jit(_of_blocks(f.whole, structure, rows, names))
+        compiled: Any = ready[key]
+        compiled.eval_shape(values, leaves, z)  # raises if the model looks at its data
+
+        def pull(cotangents: Iterable[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+            sums = {name: jnp.zeros(values[name].shape, _wide(values[name])) for name in names}
+            for cotangent in cotangents:
+                sums = jax.tree.map(jnp.add, sums, compiled(values, leaves, cotangent))
+            return sums, {}
+
+        return z, pull
+
+
+def _of_blocks(
+    whole: Callable[[Any, Named], Any], structure: Any, rows: Sequence[bool], names: Sequence[str]
+) -> Callable[[Named, Sequence[Any], Any], dict[str, Any]]:
+    """The function of (values, leaves of a batch, cotangent with a row a sample) that gives ``Σ_s g_s²`` by name.
+
+    Args:
+        whole: outputs, of (batch and targets, values).
+        structure: of a batch.
+        rows: which leaves have a row a sample.
+        names: of parameters.
+    """
+
+    def of_blocks(values: Named, leaves: Sequence[Any], cotangent: Any) -> dict[str, Any]:
+        samples, moved = len(cotangent), {name: values[name] for name in names}
+        block = min(samples, max(1, MOST // max(1, sum(value.size for value in moved.values()))))
+        blocks = -(-samples // block)
+
+        def square(sample: Sequence[Any], cotangent: Any) -> dict[str, Any]:
+            given = iter(sample)
+            batch = jax.tree.unflatten(
+                structure, [next(given)[None] if r else x for x, r in zip(leaves, rows, strict=True)]
+            )
+            _, pull = jax.vjp(lambda v: whole((batch, None), {**values, **v})[0], moved)
+            return {name: jnp.square(g.astype(_wide(g))) for name, g in pull(cotangent)[0].items()}
+
+        def cut(x: Any, fill: Any) -> Any:
+            filled = jnp.concatenate([x, jnp.repeat(fill, blocks * block - samples, axis=0)])
+            return filled.reshape(blocks, block, *x.shape[1:])
+
+        def add(sums: Named, some: Any) -> tuple[Named, None]:
+            return {name: sums[name] + s.sum(0) for name, s in jax.vmap(square)(*some).items()}, None
+
+        given = [jnp.asarray(x) for x, row in zip(leaves, rows, strict=True) if row]
+        some = [cut(x, x[:1]) for x in given], cut(cotangent, 0 * cotangent[:1])  # the last block is filled up by zeros
+        zeros = {name: jnp.zeros(value.shape, _wide(value)) for name, value in moved.items()}
+        sums: dict[str, Any] = jax.lax.scan(add, zeros, some)[0]
+        return sums
+
+    return of_blocks
+
+
+def _near(x: Any, y: Any) -> bool:
+    return x.shape == y.shape and bool(jnp.abs(x - y).max() <= NEAR * jnp.abs(y).max())
+
+
+def _wide(x: Any) -> Any:
+    """The type of squares: at least single precision."""
+    return jnp.promote_types(x.dtype, jnp.float32)
