@@ -1,8 +1,13 @@
-"""What each of several processes does in the tests of ``process_group``; run as a script by test_distributed."""
+"""What each of several processes does in the tests of ``process_group``; run as a script by test_distributed.
+
+The processes of a group are forked, as each would take seconds to import torch.
+"""
 
 import json
+import multiprocessing
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -74,4 +79,13 @@ def outcome(case, rank, size):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    fork = multiprocessing.get_context("fork")
+    for folder in sys.argv[1:]:
+        number = int(Path(folder).name)
+        running = [fork.Process(target=main, args=(rank, number, folder)) for rank in range(number)]
+        for process in running:
+            process.start()
+        for process in running:
+            process.join()
+        if any(process.exitcode for process in running):
+            sys.exit(f"of {number} processes: {[process.exitcode for process in running]}")

@@ -219,7 +219,7 @@ def test_estimates_are_within_their_errors_and_reject_ten_percent(exact):
     case = MODELS["tanh mlp"]
     operator = curvature.hessian(case.model, case.batch, case.loss, exact=exact, seed=1).block("4.*")
     true = truth("tanh mlp")[int(exact)][-15:, -15:]
-    probes = 1500
+    probes = 1500 if exact else 600
     for estimate, value in (
         (operator.trace(probes), true.trace()),
         (operator.norm(num_probes=probes), torch.linalg.norm(true)),

@@ -21,17 +21,22 @@ SIZES = (2, 4)
 
 
 @functools.cache
-def everything(size):
-    """What each of some processes said, of every case, one after another in the same group."""
+def everything():
+    """What each process of each group said, of every case, one after another in the same group."""
     with tempfile.TemporaryDirectory() as path:
-        command = [sys.executable, "-W", "ignore", str(SCRIPT)]
-        running = [subprocess.Popen([*command, str(rank), str(size), path]) for rank in range(size)]
-        assert [process.wait(timeout=240) for process in running] == [0] * size
-        return [json.loads((Path(path) / f"{rank}.json").read_text()) for rank in range(size)]
+        folders = {size: Path(path) / str(size) for size in SIZES}
+        for folder in folders.values():
+            folder.mkdir()
+        command = [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, folders.values())]
+        subprocess.run(command, timeout=240, check=True)
+        return {
+            size: [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+            for size, folder in folders.items()
+        }
 
 
 def together(case, size):
-    return [said[case] for said in everything(size)]
+    return [said[case] for said in everything()[size]]
 
 
 def alone(batch=None, *args, **options):

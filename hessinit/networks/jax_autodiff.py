@@ -165,7 +165,7 @@ def _of_blocks(
             filled = jnp.concatenate([x, jnp.repeat(fill, blocks * block - samples, axis=0)])
             return filled.reshape(blocks, block, *x.shape[1:])
 
-        def add(sums: Named, some: Any) -> tuple[Named, None]:
+        def add(sums: Any, some: Any) -> tuple[Any, None]:
             return {name: sums[name] + s.sum(0) for name, s in jax.vmap(square)(*some).items()}, None
 
         given = [jnp.asarray(x) for x, row in zip(leaves, rows, strict=True) if row]
