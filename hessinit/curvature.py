@@ -168,7 +168,8 @@ def rayleigh(model: Any, batch: Any, loss: Any, **options: Unpack[Options]) -> V
 def layer_traces(model: Any, batch: Any, loss: Any, num_probes: int | None = 8, **options: Unpack[Options]) -> Values:
     """The layer curvatures ``h_k``: traces of the diagonal blocks of G, all layers from one backward pass a probe.
 
-    With ``D²_z ℓ = R Rᵀ`` and random signs ε, ``h_k = E |Jᵀ_k R ε|²``.
+    With ``D²_z ℓ = R Rᵀ`` and random signs ε, ``h_k = E |Jᵀ_k R ε|²``. The signs of different samples are balanced
+    (:func:`hessinit.draw.balanced_signs`): what samples have in common adds nothing to the spread.
 
     Args:
         model: as for :func:`hessian`.

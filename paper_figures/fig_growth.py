@@ -1,9 +1,10 @@
 """How time and memory grow with parameters, classes, layers and samples, and the exponent of each.
 
 Plain ReLU nets with random inputs and labels in float32 on one thread, one thing growing at a time: 784-w-w-10 from
-10,000 to 100 million parameters, 784-128-C with up to 50,000 classes, 784-128-…-128-10 with up to 200 layers, all with
-64 samples, and 784-512-512-10 with up to 8,192. Each operation runs under torch's profiler first, then three times, or
-not again if it took over ten seconds. The exponent is the slope of a straight line through log time, or log memory,
+10,000 to 100 million parameters and 784-128-C with up to 50,000 classes, both with 64 samples, 784-256-…-256-10 with up
+to 200 layers and 512 samples, so that arithmetic takes the time and not memory, in whose caches few layers fit and many
+do not, and 784-512-512-10 with up to 8,192 samples. Each operation runs under torch's profiler first, then three times,
+or not again if it took over ten seconds. The exponent is the slope of a straight line through log time, or log memory,
 over the upper half of the sizes, as below it the time is Python's. Memory is the peak of what torch's allocator hands
 out, as in fig_cost; resident is the largest resident size of a process of its own that does all operations on one net.
 """
@@ -55,7 +56,7 @@ def net(panel: str, value: int) -> tuple[tuple[int, ...], int]:
     if panel == "classes":
         return (784, 128, value), 64
     if panel == "layers":
-        return (784, *(128,) * (value - 1), 10), 64
+        return (784, *(256,) * (value - 1), 10), 512
     return (784, 512, 512, 10), value
 
 

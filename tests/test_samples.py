@@ -244,6 +244,19 @@ def test_weights_with_their_axes_in_another_order():
         torch.testing.assert_close(value, sums[name], rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_part_of_the_parameters_of_a_call(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 2))
+    operator = curvature.hessian(model.double(), (torch.randn(6, 2, 4).double(), torch.arange(6) % 2), "cross_entropy")
+    part, whole = operator.block(f"*{kind}").diagonal(), operator.diagonal()
+    assert {name.rpartition(".")[2] for name in part} == {kind}
+    for name, value in part.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=0)
+        dense = operator.block(name).dense().diagonal()
+        torch.testing.assert_close(value.flatten(), dense, rtol=1e-9, atol=1e-15)
+
+
 def test_what_cannot_be_told_apart_is_left_to_gradients():
     torch.manual_seed(0)
     x, long = torch.randn(4, 4).double(), torch.randn(5, 6, 4).double()
