@@ -4,9 +4,9 @@ Plain ReLU nets with random inputs and labels in float32 on one thread, one thin
 10,000 to 100 million parameters and 784-128-C with up to 50,000 classes, both with 64 samples, 784-256-…-256-10 with up
 to 200 layers and 512 samples, so that arithmetic takes the time and not memory, in whose caches few layers fit and many
 do not, and 784-512-512-10 with up to 8,192 samples. Each operation runs under torch's profiler first, then three times,
-or not again if it took over ten seconds. The exponent is the slope of a straight line through log time, or log memory,
-over the upper half of the sizes, as below it the time is Python's. Memory is the peak of what torch's allocator hands
-out, as in fig_cost; resident is the largest resident size of a process of its own that does all operations on one net.
+or once if it took over ten seconds. The exponent is the slope of a straight line through log time, or log memory, over
+the upper half of the sizes, as below it the time is Python's. Memory is the peak of what torch's allocator hands out,
+as in fig_cost; resident is the largest resident size of a process of its own that does all operations on one net.
 """
 
 from __future__ import annotations
@@ -95,13 +95,11 @@ def measure(panel: str, value: int, operations: Iterable[str] | None = None) -> 
             continue
         start = perf_counter()
         peak = peak_memory(run)
-        times = [perf_counter() - start]
-        if times[0] < SLOW:
-            times = []
-            for _ in range(3):
-                start = perf_counter()
-                run()
-                times.append(perf_counter() - start)
+        repetitions, times = 3 if perf_counter() - start < SLOW else 1, []
+        for _ in range(repetitions):
+            start = perf_counter()
+            run()
+            times.append(perf_counter() - start)
         rows += [
             {"operation": operation, "peak_mib": peak, "repetition": k, "seconds": seconds}
             for k, seconds in enumerate(times)
