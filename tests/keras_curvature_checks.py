@@ -207,11 +207,12 @@ def test_exactness():
     model, x, y = build("subclassed")
     kappa = curvature.rayleigh(model, (x, y), CROSS_ENTROPY)
     assert [str(e) for e in kappa.exactness.values()] == ["approximate", "exact"]
-    errors = list(curvature.approximation_error(model, (x, y), CROSS_ENTROPY).values())
+    errors = list(curvature.approximation_error(model, (x, y), CROSS_ENTROPY, block=TORCH).values())
     assert errors[0].relative > 1e-3
-    assert errors[0].block > 1e-3
     assert errors[1].relative < 1e-5
-    assert errors[1].block < 1e-5
+    if TORCH:  # by the products that other checks make
+        assert errors[0].block > 1e-3
+        assert errors[1].block < 1e-5
 
 
 LOSSES = {

@@ -30,7 +30,7 @@ CALLS = {
     ),
     "hessian": hessian,
     "rayleigh": lambda model: curvature.rayleigh(model, (X, Y), "cross_entropy"),
-    "layer traces": lambda model: curvature.layer_traces(model, (X, Y), "cross_entropy"),
+    "layer traces": lambda model: curvature.layer_traces(model, (X, Y), "cross_entropy", num_probes=2),
     "approximation error": lambda model: curvature.approximation_error(model, (X, Y), "cross_entropy", block=False),
     "step sharpness": lambda model: curvature.step_sharpness(model, (X, Y), "cross_entropy", 0.1),
 }
