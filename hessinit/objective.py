@@ -431,9 +431,9 @@ class Objective:
 
     def _columns(self, z: Array, chunk: Chunk) -> Iterator[Array]:
         """``R_s e_k`` of all samples s, for one output k after the other."""
-        unit = np.zeros((chunk.shape[0], int(np.prod(chunk.shape[1:]))))
-        for k in track(range(unit.shape[1]), "outputs", self.progress):
-            unit[:] = 0
+        size = int(np.prod(chunk.shape[1:]))
+        for k in track(range(size), "outputs", self.progress):
+            unit = np.zeros((chunk.shape[0], size))  # a new one each time: JAX may read it later
             unit[:, k] = 1
             yield self.loss.root(z, chunk.targets, self.network.arrays.asarray(unit.reshape(chunk.shape), z))
 

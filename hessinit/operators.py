@@ -239,10 +239,9 @@ class Hessian:
 
     def _columns(self, label: str) -> Iterator[Array]:
         """Every column of the block, flat: the product with each unit vector."""
-        unit = np.zeros(self.shape[1])
         with self.objective.linearized():
             for k in track(range(self.shape[1]), label, self.objective.progress):
-                unit[:] = 0
+                unit = np.zeros(self.shape[1])  # a new one each time: JAX may read it later
                 unit[k] = 1
                 yield self._flatten(self._product(self._unflatten(unit, self.cols)), self.rows)
 

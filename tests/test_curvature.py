@@ -13,6 +13,7 @@ from reference import dense_truth
 from torch import nn
 
 from hessinit import curvature
+from hessinit.networks.torch_autodiff import TorchArrays
 from hessinit.spectrum import eigenpairs
 
 MODELS = cases.models()
@@ -209,6 +210,24 @@ def test_eigenpairs_of_any_end_from_any_start():
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(2), atol=1e-12)
     with pytest.raises(RuntimeError, match="1 of 1 eigenvalues have not converged after 2 restarts"):
         eigenpairs(lambda v: matrix @ v, start, 1, "SM", ncv=3, maxiter=2)
+
+
+def test_arrays_handed_over_are_not_written_again(monkeypatch):
+    """A framework may share their memory and read it later, as JAX does: what is still to be read would be another."""
+    case, given, asarray = MODELS["tanh mlp"], [], TorchArrays.asarray
+
+    def recorded(self, x, like):
+        given.extend([(x, x.copy())] if isinstance(x, np.ndarray) else [])
+        return asarray(self, x, like)
+
+    monkeypatch.setattr(TorchArrays, "asarray", recorded)
+    operator = curvature.hessian(case.model, case.batch, case.loss).block("4.*")
+    for work in (operator.dense, operator.diagonal):
+        given.clear()
+        work()
+        operator.traces(3)
+        assert len(given) >= 3
+        assert all(np.array_equal(x, before) for x, before in given)
 
 
 # ---- estimates -----------------------------------------------------------------------------------------------------
