@@ -433,7 +433,7 @@ class Objective:
         """``R_s e_k`` of all samples s, for one output k after the other."""
         size = int(np.prod(chunk.shape[1:]))
         for k in track(range(size), "outputs", self.progress):
-            unit = np.zeros((chunk.shape[0], size))  # a new one each time: JAX may read it later
+            unit = np.zeros((chunk.shape[0], size))
             unit[:, k] = 1
             yield self.loss.root(z, chunk.targets, self.network.arrays.asarray(unit.reshape(chunk.shape), z))
 

@@ -241,7 +241,7 @@ class Hessian:
         """Every column of the block, flat: the product with each unit vector."""
         with self.objective.linearized():
             for k in track(range(self.shape[1]), label, self.objective.progress):
-                unit = np.zeros(self.shape[1])  # a new one each time: JAX may read it later
+                unit = np.zeros(self.shape[1])
                 unit[k] = 1
                 yield self._flatten(self._product(self._unflatten(unit, self.cols)), self.rows)
 

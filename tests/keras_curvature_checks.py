@@ -14,6 +14,7 @@ import keras
 from keras import layers, ops
 
 from hessinit import curvature
+from hessinit.networks.keras_autodiff import KerasArrays
 from hessinit.objective import Objective
 
 TORCH = keras.backend.backend() == "torch"
@@ -381,6 +382,20 @@ def test_step_sharpness_is_that_of_the_step_the_optimizer_takes(name, steps):
     step()
     delta = np.concatenate([ops.convert_to_numpy(v.value).ravel() for v in model.trainable_variables]) - before
     close(rho, delta @ true @ delta / abs(g @ delta), 1e-4)
+
+
+def test_a_vector_may_be_written_again_once_it_was_handed_over():
+    model, x, y = build("relu")
+    operator = curvature.hessian(model, (x, y), CROSS_ENTROPY)
+    v = np.random.default_rng(0).normal(size=operator.shape[0])
+    expected = ops.convert_to_numpy(operator @ v)
+    product = operator @ v
+    v[:] = 0
+    close(ops.convert_to_numpy(product), expected)
+    large = np.ones(2**22)  # of which a framework would rather not make a copy
+    handed = KerasArrays().asarray(large, ops.ones(1))
+    large[:] = 0
+    assert float(ops.min(handed)) == 1
 
 
 def test_names_frozen_variables_and_models_not_yet_built():

@@ -24,6 +24,7 @@ class KerasArrays:
         return bool(keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)))
 
     def asarray(self, x: Any, like: Any) -> Any:
+        x = x.copy() if isinstance(x, np.ndarray) else x  # JAX shares its memory and may read it later
         return ops.cast(ops.convert_to_tensor(x), like.dtype)
 
     def numpy(self, x: Any) -> npt.NDArray[Any]:

@@ -153,27 +153,27 @@ class TorchDerivatives(Derivatives):
         calls = [call for call in calls if rows.keys() >= set(call.names.values())]
         if not calls:
             return None
-        told = {name for call in calls for name in call.names.values()}
-        others = [name for name in names if name not in told]
+        told = [list(call.names.values()) for call in calls]
+        others = [name for name in names if not any(name in some for some in told)]
+        wanted: Any = [*(call.edge for call in calls), *(leaves[name] for name in others)]
 
         def pull(cotangents: Iterable[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            wanted: Any = [*(call.edge for call in calls), *(leaves[name] for name in others)]
-            sums: list[list[Tensor]] = [[] for _ in calls]
-            rest = {name: torch.zeros_like(leaves[name]) for name in others}
+            sums: list[list[Tensor]] = [[] for _ in wanted]
             for cotangent in cotangents:
                 reached = torch.autograd.grad(z, wanted, cotangent, retain_graph=True, allow_unused=True)
-                for k, (call, u) in enumerate(zip(calls, reached, strict=False)):
+                for k, u in enumerate(reached):
                     if u is not None:
-                        new = parts(call, rows[next(iter(call.names.values()))], u)
+                        new = parts(calls[k], rows[told[k][0]], u) if k < len(calls) else [u]
                         sums[k] = [s + n for s, n in zip(sums[k], new, strict=True)] if sums[k] else new
-                for name, g in zip(others, reached[len(calls) :], strict=True):
-                    rest[name] = rest[name] if g is None else rest[name] + g
-            found: dict[str, Tensor] = {}
-            for call, into in zip(calls, sums, strict=True):
-                into_names = list(call.names.values())
-                zeros = {name: torch.zeros_like(leaves[name]) for name in into_names}
-                found |= squares(call, rows[into_names[0]], into) if into else zeros
-            return found, rest
+            squared: dict[str, Tensor] = {}
+            for call, into, some in zip(calls, told, sums, strict=False):
+                squared |= (
+                    squares(call, rows[into[0]], some)
+                    if some
+                    else {name: torch.zeros_like(leaves[name]) for name in into}
+                )
+            rest = zip(others, sums[len(calls) :], strict=True)
+            return squared, {name: some[0] if some else torch.zeros_like(leaves[name]) for name, some in rest}
 
         return z.detach(), pull
 

@@ -178,31 +178,35 @@ def parts(call: Call, rows: Sequence[int], reached: Tensor) -> list[Tensor]:
             for squared, g in zip(sums, torch.func.vmap(derivatives)(*some), strict=True):
                 squared.add_(g.to(wide).square().sum(0))
 
-    if call.edge.node.name() == "ConvolutionBackward0" and rows == [0] and call.names.keys() <= {1, 2}:
-        batched[1] = call.edge.node._saved_input.detach()  # type: ignore[attr-defined]  # padded, where that is apart
-        large = entries * math.prod(reached.shape[2:]) > LARGE
-        (one_by_one if large else together)(_of_convolution(call))
-        return sums
+    node: Any = call.edge.node
+    if node.name() == "ConvolutionBackward0" and rows == [0] and call.names.keys() <= {1, 2}:
+        batched[1] = node._saved_input.detach()  # padded, where that is apart
+        of_many = of_one = _of_convolution(node, call.names)
+        if entries * math.prod(reached.shape[2:]) > LARGE:
+            one_by_one(of_one)
+            return sums
+    else:
+        of_many, of_one = _of_function(call, rows, parameters), _of_any_function(call, rows, parameters)
     falls_back = _functorch._is_vmap_fallback_enabled()
     _functorch._set_vmap_fallback_enabled(False)  # which would be slower, with a warning
     try:
-        together(_of_function(call, rows, parameters))
+        together(of_many)
     except RuntimeError:  # of a function that has no rule for vmap
         for squared in sums:
             squared.zero_()
-        one_by_one(_of_any_function(call, rows, parameters))
+        one_by_one(of_one)
     finally:
         _functorch._set_vmap_fallback_enabled(falls_back)
     return sums
 
 
-def squares(call: Call, rows: Sequence[int], parts: Sequence[Tensor]) -> dict[str, Tensor]:
-    """``Σ_s g_s²`` of a call's parameters, by name, in at least single precision, from the sum of its parts."""
+def squares(call: Call, rows: Sequence[int], sums: Sequence[Tensor]) -> dict[str, Tensor]:
+    """``Σ_s g_s²`` of a call's parameters, by name, in at least single precision, from the sums of its parts."""
     if _is_product(call, rows):
-        into, x = parts[0], call.arguments[0].to(parts[0].dtype).square()
+        into, x = sums[0], call.arguments[0].to(sums[0].dtype).square()
         turned = call.function is F.linear
-        parts = [into.sum(0) if place == 2 else into.T @ x if turned else x.T @ into for place in call.names]
-    named = zip(call.names.values(), parts, strict=True)
+        sums = [into.sum(0) if place == 2 else into.T @ x if turned else x.T @ into for place in call.names]
+    named = zip(call.names.values(), sums, strict=True)
     return {name: call.back[name](s) if name in call.back else s for name, s in named}
 
 
@@ -212,17 +216,16 @@ def _is_product(call: Call, rows: Sequence[int]) -> bool:
     return matrices and rows == [0] and call.names.keys() <= {1, 2}
 
 
-def _of_convolution(call: Call) -> OfSample:
+def _of_convolution(node: Any, names: Mapping[int, str]) -> OfSample:
     """As torch's backward pass does it, without the forward pass that the others need."""
-    node: Any = call.edge.node
     weight, bias = node._saved_weight.detach(), node._saved_bias_sym_sizes_opt
     steps = node._saved_stride, node._saved_padding, node._saved_dilation
     rest = node._saved_transposed, node._saved_output_padding, node._saved_groups
-    wanted = [False, 1 in call.names, 2 in call.names]
+    wanted = [False, 1 in names, 2 in names]
 
     def derivatives(reached: Tensor, x: Tensor) -> list[Tensor]:
         found = torch.ops.aten.convolution_backward(reached[None], x[None], weight, bias, *steps, *rest, wanted)
-        return [found[place] for place in call.names]
+        return [found[place] for place in names]
 
     return derivatives
 
@@ -238,9 +241,8 @@ def _of_function(call: Call, rows: Sequence[int], parameters: Sequence[Tensor]) 
     """For vmap."""
 
     def derivatives(reached: Tensor, *sample: Tensor) -> Sequence[Tensor]:
-        pulled: Sequence[Tensor] = torch.func.vjp(lambda *p: _once_more(call, rows, p, sample), *parameters)[1](
-            reached[None]
-        )
+        pull = torch.func.vjp(lambda *given: _once_more(call, rows, given, sample), *parameters)[1]
+        pulled: Sequence[Tensor] = pull(reached[None])
         return pulled
 
     return derivatives
@@ -248,7 +250,7 @@ def _of_function(call: Call, rows: Sequence[int], parameters: Sequence[Tensor]) 
 
 def _of_any_function(call: Call, rows: Sequence[int], parameters: Sequence[Tensor]) -> OfSample:
     """For one sample at a time."""
-    leaves = [p.requires_grad_() for p in parameters]
+    leaves = [p.detach().requires_grad_() for p in parameters]
 
     def derivatives(reached: Tensor, *sample: Tensor) -> Sequence[Tensor]:
         with torch.enable_grad():
