@@ -8,8 +8,9 @@ trace most, at constant level:
 
 up if ``ρ`` is below its range, down if it is above, until it is inside; and back along ``∇ log r`` where the level is
 outside its band. The trace counts every direction in which the net can learn, the sharpness only the steepest. The
-trace is raised by shifting scale between weights, not by growing them together (the sum of ``θ`` does not rise): at one
-level that is the same for a homogeneous net, and it keeps a deep saturating one from turning chaotic.
+trace is raised by shifting scale between weights, not by growing them together (the sum of ``θ`` does not rise, or
+little, where bounds leave but two to shift between): at one level that is the same for a homogeneous net, and it keeps
+a deep saturating one from turning chaotic.
 
 Along ``d``, ``log ρ`` is taken to follow ``log T`` with a ratio that starts at one and is then read from the last two
 probes (a secant). Scales stay in a box; one that meets its bound is held there and the rest go on. A step ends where
@@ -38,6 +39,7 @@ OVERSHOT = 0.4  # of log ρ above the lower end: a step up is for the lower end,
 BACK = 2.0  # of log ρ: what the way back into the level's band may cost
 INSIDE = 0.25  # of the level's band: how far beyond its edge the way back aims
 STILL = 0.02  # length of a step that changes nothing
+TRADE = 0.5  # of a step, by which all scales together may grow where only two are left to trade
 RATIO = 0.2, 3.0  # what a secant may say of d log ρ / d log T
 
 
@@ -220,7 +222,10 @@ def _step(
         high = np.where(trace < 0, np.minimum(high, step), high)  # to grow what a norm follows would only freeze it
     there = _walk(step, trace, [level], change, low, high, trust, level)
     if change > 0 and (theta + there).sum() > max(0.0, (theta + step).sum()):
-        return _walk(step, trace, [level, np.ones_like(level)], change, low, high, trust, level)
+        shifted = _walk(step, trace, [level, np.ones_like(level)], change, low, high, trust, level)
+        stuck = float(trace @ (shifted - step)) < TOLERANCE / 2  # as bounds leave too few to shift between
+        if not (stuck and (there - step).sum() < TRADE * np.abs(there - step).sum()):
+            return shifted
     change -= float(trace @ (there - step))
     if outside == 0 and abs(change) > TOLERANCE / 2:
         on = _walk(there, trace, [], change, low, high, trust, level) - there

@@ -297,6 +297,18 @@ def test_scales_do_not_grow_on_the_whole_but_by_the_room_of_the_level():
     assert hardly.reason.startswith("cannot be met: highest reachable ρ is ")
 
 
+def test_two_scales_that_bounds_leave_may_trade_though_all_together_grow_a_little():
+    far = {"target": 0.1 * math.exp(2), "scales": (1 / 20, math.exp(0.5))}
+    traded = solve(Plane([-1, 3, 1], [1.5, 1.2, 1]), 3, **far)
+    assert traded.reason == "met"
+    assert traded.best.theta == pytest.approx([-0.44, 0.5, 0.06])
+    assert traded.best.level == pytest.approx(0.5)
+    # But not where one hardly falls as the other rises.
+    grown = solve(Plane([-1, 3, 1], [4, 1.2, 1]), 3, **far)
+    assert grown.reason == "bounded by max_scale: ρ = 0.291"
+    assert grown.best.theta.sum() == pytest.approx(0)
+
+
 def test_a_level_that_goes_with_the_sum_of_scales_leaves_all_other_ways_open():
     theta = solve(Plane([1, 0, -1], [1, 1, 1.001]), 3, 0.2).best.theta
     assert theta == pytest.approx([math.log(2) / 2, 0, -math.log(2) / 2], abs=1e-3)
