@@ -20,7 +20,7 @@ from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
-DEEP = 15  # layers in a row, above which c falls as 1/depth: the steps of many layers multiply
+DEEP = 15  # layers in a row, above which both ends of the range fall as 1/depth: the steps of many layers multiply
 NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
 LEVEL = 0.3, 1.0
 MIN_SCALE, MAX_SCALE = 1 / 20, 4.0
@@ -169,8 +169,8 @@ def calibrate(
 def _range(budget: float | tuple[float, float] | None, degree: float, depth: int) -> tuple[float, float]:
     """Lowest and highest step sharpness, for steps that scale with the gradient's power ``degree``."""
     if budget is None:
-        c = SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree
-        return c * min(1.0, DEEP / depth), NO_GAIN
+        c, share = SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree, min(1.0, DEEP / depth)
+        return c * share, NO_GAIN * share
     return (budget[0], budget[1]) if isinstance(budget, Sequence) else (budget, budget)
 
 

@@ -100,10 +100,11 @@ def init_(
 
     **Closed form** (no learning rate known). Each weight gets standard deviation ``1 / (g (fan_in fan_out)^(1/4))``
     (:mod:`hessinit.rules`), with the gain g of the activation that follows it and of the depth of the chain of layers
-    that it belongs to. Biases become zero, norm layers one and zero. The activation and the depth are read from module
-    order in ``nn.Sequential`` and from the graph of a Keras ``Sequential`` or functional model; for any other model
-    from one traced forward pass if ``batch`` is given, and else ``nonlinearity`` is assumed. With ``batch`` the first
-    layer of a chain also takes the scale of the inputs out (:func:`hessinit.rules.input_layer_std`).
+    that it belongs to, and ``sqrt(K)`` times as much before an average pooling of K positions. Biases become zero, norm
+    layers one and zero. The activation and the depth are read from module order in ``nn.Sequential`` and from the graph
+    of a Keras ``Sequential`` or functional model; for any other model from one traced forward pass if ``batch`` is
+    given, and else ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain also takes the scale of the
+    inputs out (:func:`hessinit.rules.input_layer_std`).
 
     **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs
@@ -133,7 +134,8 @@ def init_(
         distribution: ``"orthogonal"`` (default), ``"normal"``, ``"truncated_normal"`` or ``"uniform"``.
         mirrored: whether units come in pairs of opposite weights, ``u`` and ``-u``, wherever the activation makes such
             pairs linear and the next layer alone takes them (:func:`hessinit.rules.pair_gain`). The net then begins as
-            a linear one, which no depth distorts. Default: with the budget, where the pass shows the structure.
+            a linear one, which no depth distorts. Default: with the budget, but for the units that the output layer
+            takes: these are the net's features, and in pairs there are half as many.
         nonlinearity: a name, or a function of NumPy arrays or of the framework's tensors, for weights whose
             activation is not known; default ``"relu"``.
         generator: torch models: a ``torch.Generator`` that decides everything.
@@ -154,7 +156,7 @@ def init_(
             deviations of the targets). Default (0.3, 1.0).
         budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional
             steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
-            do not shrink as it does; of L > 15 layers in a row, 15/L of that.
+            do not shrink as it does; of L > 15 layers in a row, 15/L of both.
         max_scale: largest factor on a weight, at least 1; the smallest is 1/20. Default 4.
         process_group: torch models: a ``torch.distributed`` group whose processes all make this call, each with its
             share of the batch, and end with the same weights: the seed is the first process's, the budget is measured
@@ -229,7 +231,8 @@ def init_(
         if base == CURRENT:
             _keep(network, parameters, left, rows, values)
         else:
-            mirrors = _mirrors(followers, parameters, left) if (calibrated if mirrored is None else mirrored) else {}
+            paired = calibrated if mirrored is None else mirrored
+            mirrors = _mirrors(followers, parameters, left, features=mirrored is None) if paired else {}
             assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation)
             one_of = Counter(p.role for p in parameters if p.name in ends)[WEIGHT]
             for p in parameters:
@@ -360,13 +363,17 @@ def _keep(
 
 
 def _mirrors(
-    followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str]
+    followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str], features: bool
 ) -> dict[str, Pairs]:
-    """The weights whose outputs, and those whose inputs, come in pairs: where both sides are ours to draw."""
+    """The weights whose outputs, and those whose inputs, come in pairs: where both sides are ours to draw.
+
+    With ``features``, what the output layer takes does not: in pairs there would be half as many features.
+    """
     drawn = {p.name for p in parameters if p.role == WEIGHT and p.name not in left}
+    ends = {name for name, follower in followers.items() if follower.last and features}
     found: dict[str, Pairs] = {}
     for name, follower in followers.items():
-        if follower.takers and name in drawn and drawn.issuperset(follower.takers):
+        if follower.takers and name in drawn and drawn.issuperset(follower.takers) and ends.isdisjoint(follower.takers):
             found[name] = found.get(name, UNPAIRED)._replace(outputs=True)
             for taker, repeats in follower.takers.items():
                 found[taker] = found.get(taker, UNPAIRED)._replace(repeats=repeats)
@@ -420,6 +427,8 @@ def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any,
         theirs = other.layout.fans(other.shape)
         if rules.curvature_neutral_std(*theirs, gain) < std:
             fans, std, note = theirs, rules.curvature_neutral_std(*theirs, gain), f"drawn for {other.name}"
+    if follower.averaged > 1:
+        note += f", for a mean of {follower.averaged}"
     if pairs != UNPAIRED:
         note += ", mirrored"
     if role.branches > 1:
@@ -484,8 +493,8 @@ def _std(fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:
     if 0 in fans:
         return 0.0, "empty"
     if follower.input_moment and (follower.depth or 1) > 1:
-        return rules.input_layer_std(fans.fan_in, follower.input_moment), "scaled to the inputs"
-    return rules.curvature_neutral_std(fans.fan_in, fans.fan_out, gain), "drawn"
+        return rules.input_layer_std(fans.fan_in, follower.input_moment, follower.averaged), "scaled to the inputs"
+    return rules.curvature_neutral_std(fans.fan_in, fans.fan_out, gain, follower.averaged), "drawn"
 
 
 def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:

@@ -10,7 +10,8 @@ split evenly between its two neighbours it makes every layer neutral when
 
     σ_k² = 1 / (g² · sqrt(fan_in · fan_out)),        g² = sqrt(p · d).
 
-He's rule is the case fan_out = fan_in; Glorot's takes the arithmetic mean of the fans.
+He's rule is the case fan_out = fan_in; Glorot's takes the arithmetic mean of the fans. An average over K positions,
+taken as independent, keeps 1/K of the signal forward and 1/K of the squared slopes backward: it divides ``g²`` by K.
 """
 
 from __future__ import annotations
@@ -241,16 +242,19 @@ def fans(shape: Sequence[int], layout: str | Layout = "oi...", *, groups: int = 
     return layout.fans(shape)
 
 
-def curvature_neutral_std(fan_in: float, fan_out: float, gain: float) -> float:
+def curvature_neutral_std(fan_in: float, fan_out: float, gain: float, averaged: float = 1) -> float:
     """Standard deviation at which a layer neither adds to nor takes from curvature.
 
     Args:
         fan_in: connections into an output unit, > 0.
         fan_out: connections out of an input unit, > 0.
         gain: g of :func:`gain`, > 0.
+        averaged: K, positions that an average pooling after the layer takes together, > 0; 1 for none. Real positions
+            are alike in part, and an average of them keeps more; yet on LeNet-5 K is about the best of K/4 … 2 K, and
+            1 or 2 for max pooling (``paper_figures/fig_pooling.py``).
 
     Returns:
-        ``1 / (g (fan_in fan_out)^(1/4))``.
+        ``sqrt(K) / (g (fan_in fan_out)^(1/4))``.
 
     Raises:
         ValueError: an argument is not a finite positive number.
@@ -259,13 +263,13 @@ def curvature_neutral_std(fan_in: float, fan_out: float, gain: float) -> float:
         >>> round(curvature_neutral_std(128, 128, gain("relu")), 9)  # He's sqrt(2/128), for a square layer
         0.125
     """
-    for name, value in (("fan_in", fan_in), ("fan_out", fan_out), ("gain", gain)):
+    for name, value in (("fan_in", fan_in), ("fan_out", fan_out), ("gain", gain), ("averaged", averaged)):
         if not np.isfinite(value) or value <= 0:
             raise ValueError(f"curvature_neutral_std: {name} must be a finite positive number; got {value!r}.")
-    return float(1 / (gain * np.sqrt(np.sqrt(float(fan_in) * float(fan_out)))))
+    return float(np.sqrt(averaged) / (gain * np.sqrt(np.sqrt(float(fan_in) * float(fan_out)))))
 
 
-def input_layer_std(fan_in: float, second_moment: float) -> float:
+def input_layer_std(fan_in: float, second_moment: float, averaged: float = 1) -> float:
     """Standard deviation of the first layer of a chain whose inputs are known.
 
     It takes the inputs' scale out: the first pre-activations get variance ``INPUT_VARIANCE``, whatever the inputs'
@@ -275,11 +279,12 @@ def input_layer_std(fan_in: float, second_moment: float) -> float:
     Args:
         fan_in: connections into an output unit.
         second_moment: mean square of the inputs' entries, > 0.
+        averaged: as for :func:`curvature_neutral_std`.
 
     Returns:
-        ``sqrt(INPUT_VARIANCE / (fan_in · second_moment))``.
+        ``sqrt(K INPUT_VARIANCE / (fan_in · second_moment))``.
     """
-    return float(np.sqrt(INPUT_VARIANCE / (fan_in * second_moment)))
+    return float(np.sqrt(averaged * INPUT_VARIANCE / (fan_in * second_moment)))
 
 
 def layer_curvatures(

@@ -384,6 +384,20 @@ def test_mirrored_units_make_a_net_that_begins_linear(shape, body):
         assert all(("mirrored" in row.note) == mirrored for row in report if row.role == "weight")
 
 
+def test_before_an_average_kernels_have_as_many_times_the_variance():
+    i = keras.Input((16, 16, 2))
+    first, second = layers.Conv2D(3, 3), layers.Conv2D(4, 3, activation="tanh")
+    third, last = layers.Dense(5), layers.Dense(2)
+    h = layers.AveragePooling2D((2, 1))(layers.Activation("tanh")(first(i)))
+    h = layers.AveragePooling2D(2)(layers.MaxPooling2D(2)(second(h)))
+    h = layers.AveragePooling2D((1, 3))(layers.ReLU()(third(h)))  # of all positions
+    net = keras.Model(i, last(layers.Flatten()(h)))
+    _, report = hessinit.init_(net, return_report=True)
+    for layer, factor in ((first, 2), (second, 4), (third, 1), (last, 1)):
+        row = report[layer.kernel.path]
+        assert row.std == pytest.approx(rules.curvature_neutral_std(row.fan_in, row.fan_out, row.gain, factor))
+
+
 def test_units_that_are_taken_twice_or_reshaped_are_not_mirrored():
     x = np.random.default_rng(0).normal(size=(16, 6)).astype("float32")
     for between in (

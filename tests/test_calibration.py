@@ -54,6 +54,16 @@ def test_optimizers_count_with_the_step_of_their_long_run():
     assert adam.budget[0] == pytest.approx(0.18, abs=0.01)
 
 
+def test_both_ends_of_the_range_fall_with_the_layers_above_fifteen():
+    for hidden, share in ((13, 1.0), (28, 0.5)):
+        wide = [m for _ in range(hidden) for m in (nn.Linear(8, 8), nn.Tanh())]
+        net = nn.Sequential(nn.Linear(20, 8), nn.Tanh(), *wide, nn.Linear(8, 5))
+        _, report = hessinit.init_(net, data(), "cross_entropy", lr=0.1, seed=0, return_report=True)
+        assert report.calibration.budget == pytest.approx((0.7 * share, 2 * share))
+        _, report = hessinit.init_(net, data(), "cross_entropy", lr=0.1, budget=(0.5, 3.0), return_report=True)
+        assert report.calibration.budget == (0.5, 3.0)
+
+
 def test_a_schedule_counts_with_its_peak():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

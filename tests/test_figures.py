@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from hessinit import rules
 from hessinit.experiments import data, kappa, models, plots, study, training
@@ -92,6 +93,13 @@ MINIATURES = {
         "repetitions": 1,
         "dataset": "fashion_mnist_mini",
         "steps": 3,
+    },
+    "fig_pooling": {
+        "factors": (1, 4),
+        "steps": (("sgd", 0.1), ("adam", 1e-3)),
+        "seeds": (0,),
+        "samples": 128,
+        "dataset": "fashion_mnist_mini",
     },
     "fig_depth": {"depths": (2, 4), "seeds": (0,), "samples": 8, "dataset": "fashion_mnist_mini"},
     "fig_depth_training": {
@@ -317,31 +325,35 @@ def test_the_readme_says_how_the_rivals_did():
     best = momentum["mean"].drop(["budget", "budget_unpaired"])
     assert best.idxmin() == "closed_form"
     found = [momentum["mean"]["budget"], best.min(), best["he_normal"]]
-    assert [f"{loss:.3f}" for loss in found] == ["0.330", "0.332", "0.335"]
-    assert [f"{momentum.worst_over_best[name]:.2f}" for name in ("budget", "he_normal")] == ["1.02", "1.52"]
+    assert [f"{loss:.3f}" for loss in found] == ["0.331", "0.332", "0.335"]
+    assert [f"{momentum.worst_over_best[name]:.2f}" for name in ("budget", "he_normal")] == ["1.01", "1.52"]
+    assert f"{table.worst_over_best['sgd', 'budget']:.2f}" == "1.06"
     for name in ("he_warmup", "lsuv", "autoinit", "balanced", "zero_output", "gradinit"):
         assert table.high["sgd", name] > 0
     assert table.low["sgd", "metainit"] > 0.03
     adam = table.loc["adam"]
-    assert adam.lr["budget"] == 0.003
-    assert adam.low["budget"] > 0
-    assert f"{adam.difference['budget']:.3f}" == "0.008"
-    for name in ("orthogonal_gain", "closed_form"):
+    assert adam.lr["budget"] == adam.lr["orthogonal_gain"] == 0.001
+    for name in ("orthogonal_gain", "closed_form", "budget"):
         assert adam.low[name] < 0 < adam.high[name]
-    assert f"{adam.width['budget'] / adam.width['he_normal']:.1f}" == "9.5"
+    assert f"{adam.width['budget'] / adam.width['he_normal']:.1f}" == "8.8"
     assert adam.width.drop("budget_unpaired").idxmax() == "budget"
     runs = pd.read_csv(FIGURES / "fig5_learning_rates.csv")
-    here = runs[(runs.optimizer == "adam") & (runs.lr == 0.001)].groupby("initializer").last_fifth_loss.mean()
-    assert f"{here['budget'] - here['he_normal']:.3f}" == "0.003"
+    here = runs[(runs.optimizer == "adam") & (runs.lr == 0.001)].pivot(
+        index="seed", columns="initializer", values="last_fifth_loss"
+    )
+    behind = here["budget"] - here["orthogonal_gain"]
+    assert here.mean().idxmin() == "orthogonal_gain"
+    assert 0 < behind.mean() < 0.00155
+    assert behind.mean() < stats.t.ppf(0.975, 4) * behind.sem()
     least = runs[(runs.optimizer == "adam") & (runs.lr == 1e-5)].groupby("initializer").last_fifth_loss.mean()
     assert list(least.drop("budget_unpaired").nsmallest(2).index) == ["budget", "slides"]
-    assert [f"{least[name]:.3f}" for name in ("budget", "slides", "he_normal")] == ["0.418", "0.739", "0.934"]
+    assert [f"{least[name]:.3f}" for name in ("budget", "slides", "he_normal")] == ["0.428", "0.739", "0.934"]
     small = runs[(runs.optimizer == "sgd") & (runs.lr < 0.1) & (runs.initializer == "gradinit")]
     assert set((small.last_fifth_loss > 1).groupby(small.lr).sum()) == {1, 3}
     shares = pd.read_csv(FIGURES / "fig8_cost_and_gain.csv").groupby("initializer").share
     ends = {name: [f"{share:.0%}" for share in (own.min(), own.max())] for name, own in shares}
     assert ends["metainit"] == ["61%", "72%"]
-    assert ends["budget"] == ["5%", "7%"]
+    assert ends["budget"] == ["6%", "8%"]
     assert ends["gradinit"] == ["46%", "54%"]
 
 
@@ -361,15 +373,19 @@ def test_the_readmes_depths_are_the_committed_ones():
         ("tanh", "closed_form"),
     ]
     large = mean.loc["sgd", 0.1]
-    for activation, expected in (("relu", ["0.60", "1.67"]), ("tanh", ["0.58", "0.75"])):
+    for activation, expected in (("relu", ["0.62", "1.67"]), ("tanh", ["0.58", "0.75"])):
         best = large.loc[activation].mlp30.sort_values()
         assert best.index[0] == "budget"
         assert [f"{loss:.2f}" for loss in best[:2]] == expected
-    assert large.mlp50.min() > 1.5
+    assert [f"{loss:.2f}" for loss in large.loc["tanh"].mlp50.nsmallest(2)] == ["0.72", "2.01"]
+    fifty = (table.problem == "mlp50") & (table.activation == "relu") & (table.lr == 0.1)
+    assert (losses[fifty & (table.initializer == "budget")] < 2.2).sum() == 2
+    assert losses[fifty & (table.initializer != "budget")].min() > 2.2
+    assert large.mlp100.min() > 2
     adam = mean.loc["adam", 0.001]
-    assert (adam.loc["relu"].idxmin()[["mlp12", "mlp30", "mlp50", "mlp100"]] == "budget").all()
+    assert (adam.loc["relu"].idxmin()[["mlp12", "mlp30", "mlp50"]] == "budget").all()
     both = adam.loc["tanh"].loc[["budget", "lsuv"], ["mlp50", "mlp100"]]
-    assert [f"{loss:.2f}" for loss in both.to_numpy().ravel()] == ["1.27", "2.06", "0.91", "1.44"]
+    assert [f"{loss:.2f}" for loss in both.to_numpy().ravel()] == ["1.49", "2.03", "0.91", "1.44"]
 
 
 def test_the_readmes_table_of_problems_is_the_committed_one():
@@ -476,7 +492,7 @@ def learning_rate_lines(problem, optimizer):
 
 def test_the_budget_is_about_as_good_at_any_learning_rate():
     """784-128-84-10, ReLU, five seeds: where He's loss doubles."""
-    for optimizer, most, ratio in (("sgd", 0.333, 1.03), ("adam", 0.334, 1.04)):
+    for optimizer, most, ratio in (("sgd", 0.325, 1.02), ("adam", 0.3305, 1.04)):
         lines = learning_rate_lines("mlp", optimizer)
         ours, theirs = (
             [line.last_fifth_loss[0] for key, line in lines.items() if key[:2] == (name, "relu") and key[2] < 0.6]
@@ -497,8 +513,8 @@ def test_the_budgets_best_is_ahead_of_the_others_best_by_as_much_as_the_readme_s
         difference = losses["budget"][0.1] - theirs[theirs.mean().idxmin()]
         errors[rival] = difference.mean() / difference.sem()
     assert losses["budget"].mean().idxmin() == 0.1
-    assert max(errors[name] for name in ("he_normal", "glorot_uniform", "orthogonal_gain")) < -4
-    assert -3 < errors["slides"] < -2 < errors["closed_form"] < 0
+    assert max(errors[name] for name in ("he_normal", "glorot_uniform", "orthogonal_gain")) < -7
+    assert errors["slides"] < -5 < errors["closed_form"] < -3
 
 
 def test_the_readmes_deep_nets_are_the_committed_ones():
@@ -508,16 +524,16 @@ def test_the_readmes_deep_nets_are_the_committed_ones():
         for name, activation in itertools.product(("torch_default", "closed_form", "budget"), ("tanh", "relu"))
     }
     assert found["torch_default", "tanh"] == found["torch_default", "relu"] == ["2.303", "2.303"]
-    assert found["budget", "tanh"] == ["0.447", "0.451"]
+    assert found["budget", "tanh"] == ["0.443", "0.451"]
     assert found["closed_form", "tanh"] == ["0.420", "0.486"]
-    assert found["budget", "relu"][0] == "0.451"
+    assert found["budget", "relu"][0] == "0.443"
     assert found["closed_form", "relu"] == ["0.895", "2.303"]
     with (FIGURES / "learning_rates" / "runs.csv").open() as file:
         deep = [row for row in csv.DictReader(file) if (row["problem"], row["initializer"]) == ("mlp50", "budget")]
     ends = sorted(float(row["last_fifth_loss"]) for row in deep if row["lr"] == "0.1" and row["status"] == "ok")
-    assert [f"{end:.2f}" for end in ends] == ["1.69", "2.01", "2.30"]
+    assert [f"{end:.2f}" for end in ends] == ["1.06", "2.30", "2.30"]
     assert sum(row["lr"] == "0.1" for row in deep) == 4
-    for activation, expected in (("gelu", ["0.429", "0.392"]), ("silu", ["0.432", "0.403"])):
+    for activation, expected in (("gelu", ["0.430", "0.392"]), ("silu", ["0.431", "0.399"])):
         ours, theirs = (
             [lines[name, activation, lr].last_fifth_loss[0] for lr in (0.01, 0.1)] for name in ("budget", "closed_form")
         )
@@ -651,18 +667,29 @@ def test_the_readmes_exceptions_are_the_committed_ones():
     assert np.sum(silu.loss > 2.2) == 2
 
 
+def test_the_readme_says_what_poolings_want():
+    table = pd.read_csv(FIGURES / "fig_pooling.csv")
+    assert (
+        len(table) == len(table.drop_duplicates(["net", "pooling", "activation", "optimizer", "factor", "seed"])) == 192
+    )
+    best = table.groupby(["net", "pooling", "activation", "optimizer", "factor"]).loss.mean().unstack().idxmin(axis=1)
+    average = best["LeNet-5", "average"]
+    assert average[average != 4].to_dict() == {("relu", "sgd"): 8}
+    assert set(best["LeNet-5", "max"]) == {1, 2}
+    assert set(best["three convolutions"]) == {8}
+
+
 def test_the_readmes_count_of_settings_is_the_committed_one():
     import fig10_sensitivity as study
 
     verdicts = study.verdicts(pd.read_csv(FIGURES / "fig10_sensitivity.csv"))
-    assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (64, 37, 5)
+    assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (64, 35, 4)
     behind = verdicts[verdicts.errors > 2]
     assert [f"{ratio:.2f}" for ratio in sorted(behind.budget / behind.rival)] == [
         "1.01",
+        "1.01",
         "1.02",
         "1.03",
-        "1.03",
-        "1.05",
     ]
     assert (verdicts.rival / verdicts.budget).max() > 20
 
@@ -677,5 +704,5 @@ def test_the_readmes_count_of_settings_where_pairs_help_is_the_committed_one():
     )
     difference = (pairs - none).groupby(keys)
     errors = difference.mean() / difference.std() * difference.count() ** 0.5
-    assert ((errors < -2).sum(), (errors > 2).sum(), len(errors)) == (22, 2, 64)
+    assert ((errors < -2).sum(), (errors > 2).sum(), len(errors)) == (19, 3, 64)
     assert abs((pairs / none)[:, "tanh"] - 1).max() == 0  # tanh has no pairs: the same runs

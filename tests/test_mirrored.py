@@ -117,13 +117,36 @@ def test_grouped_shared_and_tied_layers_have_no_pairs():
     assert mirrored(nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(6, 2)), ROWS) == set()
 
 
-def test_the_budget_has_them_unless_asked_not_to():
+def test_the_budget_has_them_but_for_the_features_of_the_output_layer():
     y = torch.arange(16) % 3
-    for asked, expected in ((None, 3), (False, 0)):
+    for asked, expected in ((None, 2), (True, 3), (False, 0)):
         _, report = hessinit.init_(
             copy.deepcopy(PLAIN), (ROWS, y), "cross_entropy", lr=0.1, mirrored=asked, return_report=True
         )
         assert sum("mirrored" in row.note for row in report) == expected
+
+
+class Block(nn.Module):
+    """A residual branch, a norm, and outputs of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(6, 10), nn.Linear(10, 6), nn.LayerNorm(6)
+        self.c, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = F.relu(self.c(self.norm(x + self.b(F.relu(self.a(x))))))
+        return self.one(h) + self.two(h)
+
+
+def test_what_a_branch_takes_is_no_feature_and_what_any_output_layer_takes_is():
+    y = torch.arange(16) % 3
+    _, report = hessinit.init_(Block(), (ROWS, y), "cross_entropy", lr=0.1, return_report=True)
+    assert {row.name for row in report if "mirrored" in row.note} == {"a.weight", "b.weight"}
+    assert mirrored(Block(), ROWS) == {"a.weight", "b.weight", "c.weight", "one.weight", "two.weight"}
+    end = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 3), nn.Softmax(-1))
+    _, report = hessinit.init_(end, (ROWS, torch.rand(16, 3)), "mse", lr=0.1, return_report=True)
+    assert not [row for row in report if "mirrored" in row.note]
 
 
 def test_they_train_plain_nets_of_thirty_relu_layers():

@@ -504,6 +504,59 @@ class Blocks(nn.Module):
         return x
 
 
+class Pooled(nn.Module):
+    """Three convolutions with something done to the units of the first two."""
+
+    def __init__(self, one, two):
+        super().__init__()
+        self.one, self.two = one, two
+        self.a, self.b, self.c = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        h = self.one(torch.tanh(self.a(x)))
+        return self.c(self.two(torch.tanh(self.b(h)), h)).mean((2, 3))
+
+
+def in_neutral_variances(report):
+    """Of each weight but the first: its variance over that of the rule without pooling."""
+    rows = [row for row in report if row.role == "weight"][1:]
+    return [row.std**2 / rules.curvature_neutral_std(row.fan_in, row.fan_out, row.gain) ** 2 for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("two", "first", "second"),
+    [
+        (lambda u, h: F.avg_pool2d(u, 2), 9, 4),
+        (lambda u, h: F.avg_pool2d(u, kernel_size=(2, 1)), 9, 2),
+        (lambda u, h: F.avg_pool2d(F.avg_pool2d(F.dropout(u, 0.0), 2), 2, 1), 9, 16),
+        (lambda u, h: F.avg_pool2d(F.max_pool2d(u, 2), [2], 1), 9, 4),
+        (lambda u, h: F.max_pool2d(u, 2), 9, 1),
+        (lambda u, h: F.avg_pool2d(u, 6), 9, 1),  # of all positions
+        (lambda u, h: F.avg_pool2d(u + h, 2), 1, 1),
+        (lambda u, h: F.avg_pool2d(u, 2) + h[:, :, ::2, ::2], 1, 1),
+    ],
+    ids=["kernel", "axes", "twice", "list", "max", "whole map", "sum before", "sum after"],
+)
+def test_before_an_average_weights_have_as_many_times_the_variance(two, first, second):
+    x = torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    for one, factor in ((lambda u: u, 1), (lambda u: F.avg_pool2d(u, 3, 1, 1), first)):
+        _, report = hessinit.init_(Pooled(one, two), x, seed=0, return_report=True)
+        assert in_neutral_variances(report) == pytest.approx([second, 1])
+        assert report["a.weight"].std == pytest.approx(rules.input_layer_std(18, float(x.square().mean()), factor))
+
+
+def test_average_poolings_count_in_module_order_too():
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.AvgPool2d((2, 1)), nn.Conv2d(3, 4, 3), nn.AvgPool2d(2))
+    net = nn.Sequential(net, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    _, report = hessinit.init_(net, return_report=True)
+    assert in_neutral_variances(report) == pytest.approx([4, 1, 1])
+    assert "for a mean of 2" in report["0.0.weight"].note
+    assert "mean" not in report["4.weight"].note
+    one = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.AvgPool1d(2), nn.Conv1d(3, 2, 1))
+    _, report = hessinit.init_(one, return_report=True)
+    assert report["0.weight"].std == pytest.approx(rules.curvature_neutral_std(6, 9, 0.5**0.5, 2))
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_residual_branches_keep_the_signal_of_fifty_blocks(traced):
     x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))

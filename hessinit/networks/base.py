@@ -96,6 +96,9 @@ class Follower:
         takers: by name, the weights that take the activation's outputs, with how often the row of units comes on their
             axis of inputs. Empty where something else takes them too, or where pairs of units ``u, -u`` are not linear
             after the activation.
+        averaged: number of positions that average poolings after it take together; 1 for none, and for one of all that
+            there are, which keeps what they share (measured, the factor gains nothing there).
+        last: whether no other weight follows on the way to the model's outputs.
     """
 
     name: str
@@ -103,6 +106,8 @@ class Follower:
     depth: int | None = None
     input_moment: float | None = None
     takers: Mapping[str, int] = field(default_factory=dict)
+    averaged: int = 1
+    last: bool = False
 
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:

@@ -101,10 +101,13 @@ class WeightGraph:
         self._moments: list[float | None] = []
         self._activations: dict[str, tuple[str, Callable[[Any], Any] | str]] = {}
         self._outputs: frozenset[str] = frozenset()
+        self._last: frozenset[int] = frozenset()  # the layers nearest to the outputs
         self._takers: dict[
             int, list[tuple[int, int]]
         ] = {}  # of paired units: layer and repeats, of each that takes them
         self._shared: set[int] = set()  # layers whose units go elsewhere too
+        self._averaged: dict[int, int] = {}  # of layers: positions that averages take together
+        self._joined: set[int] = set()  # layers whose outputs meet those of others
 
     def join(self, states: Iterable[State]) -> State:
         """The state of a tensor made from several."""
@@ -113,6 +116,7 @@ class WeightGraph:
             return states[0]._replace(activated=None)
         for state in states:
             self.mixed(state)
+            self._joined |= state.layers
         return State(frozenset().union(*(s.pending for s in states)), frozenset().union(*(s.layers for s in states)))
 
     def mixed(self, state: State) -> State:
@@ -175,6 +179,12 @@ class WeightGraph:
                     self._activations.update(dict.fromkeys(weights, ("gates", "linear")))
         return self.join([one[1], two[1]])
 
+    def averaged(self, state: State, positions: int) -> State:
+        """Each entry becomes the mean of so many positions."""
+        for layer in state.layers:
+            self._averaged[layer] = positions * self._averaged.get(layer, 1)
+        return state
+
     def norm(self, state: State) -> State:
         """The tensor is normalised: a new chain starts."""
         if state.units is not None and state.units.paired:  # pairs that are norms of u and -u are such pairs again
@@ -190,7 +200,7 @@ class WeightGraph:
         """The pass is over."""
         self.mixed(state)
         if self.whole:
-            self._outputs = state.pending
+            self._outputs, self._last = state.pending, state.layers
 
     def followers(self) -> Mapping[str, Follower]:
         """What follows each weight, as far as the pass showed it.
@@ -214,7 +224,9 @@ class WeightGraph:
                     activation = self._activation_before(layer)
                 if activation is not None and name not in found:
                     depth = behind[layer] + ahead[layer] - 1
-                    found[name] = Follower(*activation, depth, self._moments[layer], self._pairs(layer))
+                    positions = 1 if layer in self._joined else self._averaged.get(layer, 1)
+                    moment, takers, last = self._moments[layer], self._pairs(layer), layer in self._last
+                    found[name] = Follower(*activation, depth, moment, takers, positions, last)
         return found
 
     def _pairs(self, layer: int) -> Mapping[str, int]:

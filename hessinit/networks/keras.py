@@ -33,6 +33,7 @@ _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 _NORM = (layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization, layers.RMSNormalization)
 _ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
 _POOLING = ("AveragePooling", "MaxPooling", "GlobalAveragePooling", "GlobalMaxPooling", "SpatialDropout")
+_AVERAGING = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
 _KEEPING = (layers.Dropout, *(getattr(layers, f"{name}{n}D") for name in _POOLING for n in (1, 2, 3)))
 _ROLES = {"gamma": base.NORM_SCALE, "scale": base.NORM_SCALE, "beta": base.NORM_OFFSET}
 
@@ -397,12 +398,20 @@ def _step(
         return [graph.activation(graph.weights(state, weights, moment()), "gates", "linear")]
     if isinstance(operation, _NORM):
         return [graph.norm(state)]
+    if isinstance(operation, _AVERAGING) and math.prod(_positions(operation, tensors[0])) != 1:
+        state = graph.averaged(state, math.prod(operation.pool_size))
     if operation._layers:  # something composed by a user
         return [graph.unknown(state)]
     if weights:
         state = graph.weights(state, weights, moment(), _units(operation))
         tensors = [None]  # between a layer's kernel and its own activation there is no symbolic tensor
     return [_activate(graph, state, operation, tensors)]
+
+
+def _positions(pooling: keras.Layer, tensor: Any) -> tuple[int, ...]:
+    """The axes of positions after a pooling; of unknown length, as if there were two."""
+    shape = [n or 2 for n in pooling.compute_output_shape(tensor.shape)]
+    return tuple(shape[1:-1] if pooling.data_format == "channels_last" else shape[2:])
 
 
 def _units(layer: keras.Layer) -> tuple[int, int, int] | None:

@@ -34,6 +34,9 @@ _NORM_FUNCTIONS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "r
 _FLATTENING = {"flatten", "reshape", "view", "squeeze", "mean"}
 _REORDERING = {"transpose", "permute", "movedim", "swapaxes", "swapdims", "flip", "roll", "sort", "cumsum", "softmax"}
 _REORDERING |= {"__getitem__", "__get__"}
+# Axes of the kernel, by module and by function.
+_AVERAGING: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+_AVERAGING_FUNCTIONS = {"avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 
 
@@ -109,6 +112,10 @@ def _step(graph: WeightGraph, state: State, module: nn.Module, names: Mapping[in
         return graph.activation(state, "gates", "linear") if isinstance(module, _GATED) else state
     if isinstance(module, NORM):
         return graph.norm(state)
+    for kind, axes in _AVERAGING.items():
+        if isinstance(module, kind):
+            kernel: Any = module.kernel_size
+            return graph.averaged(state, _positions(kernel, axes))
     function = _activation_of(module)
     if function is not None:
         return graph.activation(state, type(module).__name__, function)
@@ -152,6 +159,11 @@ class _Tracer(TorchFunctionMode):
                 state = self.graph.norm(state)
             elif name in _PRODUCTS and len(states) == 2:
                 state = self.graph.product(*((t, self.states[t]) for t in given))
+            elif name in _AVERAGING_FUNCTIONS:
+                axes = _AVERAGING_FUNCTIONS[name]
+                kernel = kwargs["kernel_size"] if "kernel_size" in kwargs else args[1]
+                if math.prod(made[0].shape[-axes:]) > 1:
+                    state = self.graph.averaged(state, _positions(kernel, axes))
             elif state.pending and args and args[0] is given[0] and len(given) == 1:
                 # torch.relu, F.gelu, clamp, ...: any function of one tensor that acts on each entry alone
                 function = as_numpy_function(lambda u: func(u, *args[1:], **kwargs))
@@ -189,6 +201,12 @@ class _Tracer(TorchFunctionMode):
         if self.inside == 0 and isinstance(output, torch.Tensor) and args and args[0] in self.states:
             state = self.states[args[0]]
             self.states[output] = self.graph.activation(state, type(module).__name__, function, args[0])
+
+
+def _positions(kernel: int | Sequence[int], axes: int) -> int:
+    """Of a kernel, given as torch takes it: one number for all axes, or one each."""
+    sizes = [kernel] if isinstance(kernel, int) else list(kernel)
+    return math.prod(sizes if len(sizes) == axes else sizes * axes)
 
 
 def _units(name: str, given: Sequence[torch.Tensor]) -> tuple[int, int, int] | None:
