@@ -189,8 +189,8 @@ def init_(
         >>> for lr in 0.1, 0.2:
         ...     net = hessinit.init_(net, (x, y), "cross_entropy", lr=lr, seed=0)
         ...     print(f"ρ = {curvature.step_sharpness(net, (x, y), 'cross_entropy', lr):.1f}")
-        ρ = 0.8
-        ρ = 0.8
+        ρ = 0.7
+        ρ = 0.7
 
     References:
         M. Skorski, "Approximating Hessians for Neural Networks", 2021. M. Skorski, A. Temperoni, M. Theobald,

@@ -36,6 +36,7 @@ _REORDERING = {"transpose", "permute", "movedim", "swapaxes", "swapdims", "flip"
 _REORDERING |= {"__getitem__", "__get__"}
 # Axes of the kernel, by module and by function.
 _AVERAGING: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
+_LOCAL = 3  # kernel above which a pooling, whose map is not known, is taken for one of the whole map
 _AVERAGING_FUNCTIONS = {"avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 
@@ -115,7 +116,8 @@ def _step(graph: WeightGraph, state: State, module: nn.Module, names: Mapping[in
     for kind, axes in _AVERAGING.items():
         if isinstance(module, kind):
             kernel: Any = module.kernel_size
-            return graph.averaged(state, _positions(kernel, axes))
+            positions = _positions(kernel, axes)
+            return graph.averaged(state, positions) if positions <= _LOCAL**axes else state
     function = _activation_of(module)
     if function is not None:
         return graph.activation(state, type(module).__name__, function)
