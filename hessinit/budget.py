@@ -223,9 +223,9 @@ def _step(
     there = _walk(step, trace, [level], change, low, high, trust, level)
     if change > 0 and (theta + there).sum() > max(0.0, (theta + step).sum()):
         shifted = _walk(step, trace, [level, np.ones_like(level)], change, low, high, trust, level)
-        stuck = float(trace @ (shifted - step)) < TOLERANCE / 2  # as bounds leave too few to shift between
-        if not (stuck and (there - step).sum() < TRADE * np.abs(there - step).sum()):
-            return shifted
+        way = there - step
+        if float(trace @ (shifted - step)) >= TOLERANCE / 2 or way.sum() >= TRADE * np.abs(way).sum():
+            return shifted  # else bounds have left too few to shift between
     change -= float(trace @ (there - step))
     if outside == 0 and abs(change) > TOLERANCE / 2:
         on = _walk(there, trace, [], change, low, high, trust, level) - there

@@ -27,7 +27,7 @@ from hessinit.experiments.training import as_text, one_thread
 FACTORS = (1, 2, 4, 8)
 POOLINGS = {"average": nn.AvgPool2d, "max": nn.MaxPool2d}
 OURS = {"average": 4, "max": 1}
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+ACTIVATIONS = ("relu", "tanh")
 STEPS = (("sgd", 0.1), ("adam", 1e-3))
 
 
@@ -40,7 +40,7 @@ def lenet(activation: str, pooling: str) -> nn.Sequential:
 
 def three_convolutions(activation: str, pooling: str) -> nn.Sequential:
     """16, 32 and 64 channels; two poolings of this kind, then the mean over the map."""
-    act, pool = ACTIVATIONS[activation], POOLINGS[pooling]
+    act, pool = models.layer_of(activation), POOLINGS[pooling]
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(1, 16, 3, padding=1),
@@ -86,11 +86,10 @@ def compute(
 def scaled(net: nn.Sequential, factor: float, seed: int) -> nn.Sequential:
     """The closed form, with so many times its variance in each convolution that a pooling follows."""
     hessinit.init_(net, seed=seed)
-    modules = dict(net.named_children())
     with torch.no_grad():
-        for name in modules:
+        for name, _ in net.named_children():
             if name.startswith("pool"):
-                modules[name.replace("pool", "conv")].weight.mul_(factor**0.5)  # type: ignore[operator]
+                net.get_parameter(f"{name.replace('pool', 'conv')}.weight").mul_(factor**0.5)
     return net
 
 

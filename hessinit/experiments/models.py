@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("relu", "tanh", "gelu", "silu")
 
 
-def _layer(activation: str) -> type[nn.Module]:
+def layer_of(activation: str) -> type[nn.Module]:
+    """The module of an activation, one of ``ACTIVATIONS``."""
     from torch import nn
 
     layers: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -34,7 +35,7 @@ def torch_lenet(activation: str) -> nn.Sequential:
     """
     from torch import nn
 
-    layer = _layer(activation)
+    layer = layer_of(activation)
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(1, 6, 5),
@@ -65,7 +66,7 @@ def torch_resnet(width: int = 16, stride: int = 1, norm: bool = True, activation
     import torch
     from torch import nn
 
-    act = _layer(activation)()
+    act = layer_of(activation)()
 
     def normed(channels: int) -> nn.Module:
         return nn.BatchNorm2d(channels) if norm else nn.Identity()
@@ -172,7 +173,7 @@ def torch_mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
     """
     from torch import nn
 
-    layer = _layer(activation)
+    layer = layer_of(activation)
     modules: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(widths):
         modules += [nn.Linear(fan_in, fan_out), layer()]

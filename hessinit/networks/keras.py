@@ -398,7 +398,7 @@ def _step(
         return [graph.activation(graph.weights(state, weights, moment()), "gates", "linear")]
     if isinstance(operation, _NORM):
         return [graph.norm(state)]
-    if isinstance(operation, _AVERAGING) and math.prod(_positions(operation, tensors[0])) != 1:
+    if isinstance(operation, _AVERAGING) and not _takes_all(operation, tensors[0]):
         state = graph.averaged(state, math.prod(operation.pool_size))
     if operation._layers:  # something composed by a user
         return [graph.unknown(state)]
@@ -408,10 +408,10 @@ def _step(
     return [_activate(graph, state, operation, tensors)]
 
 
-def _positions(pooling: keras.Layer, tensor: Any) -> tuple[int, ...]:
-    """The axes of positions after a pooling; of unknown length, as if there were two."""
-    shape = [n or 2 for n in pooling.compute_output_shape(tensor.shape)]
-    return tuple(shape[1:-1] if pooling.data_format == "channels_last" else shape[2:])
+def _takes_all(pooling: keras.Layer, tensor: Any) -> bool:
+    """Whether a pooling leaves one position."""
+    shape = pooling.compute_output_shape(tensor.shape)
+    return all(n == 1 for n in (shape[1:-1] if pooling.data_format == "channels_last" else shape[2:]))
 
 
 def _units(layer: keras.Layer) -> tuple[int, int, int] | None:
