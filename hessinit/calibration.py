@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -120,6 +120,7 @@ def calibrate(
     target: Target,
     weights: Mapping[str, Any],
     others: Mapping[str, Any],
+    streams: Mapping[str, int],
     depth: int,
     seed: int,
     group: Group,
@@ -134,6 +135,7 @@ def calibrate(
         target: what is asked.
         weights: by name, at scale one: arrays of NumPy or the framework.
         others: values of other parameters that stand for the model's own.
+        streams: of weights that get one scale together, by name: which stream they write to.
         depth: weight layers in the model's longest chain.
         seed: of the samples taken and of random signs.
         group: processes that share the batch.
@@ -155,15 +157,22 @@ def calibrate(
         with objective.named_errors():
             return optimizer_step(network, target.optimizer, gradient, values)
 
-    probe = NetworkProbe(objective, placed(weights), placed(others), step)
+    places = _places(weights, streams)
+    probe = NetworkProbe(objective, placed(weights), placed(others), places, step)
     degree = probe.step.degree
     budget = _range(target.budget, degree, depth)
     bounds = MIN_SCALE, target.max_scale
-    solution = solve(probe, len(weights), budget, target.level, bounds)
+    solution = solve(probe, max(places) + 1, budget, target.level, bounds)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
-    scales = {name: float(np.exp(t)) for name, t in zip(weights, solution.best.theta, strict=True)}
+    scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}
     return Calibration(scales, budget, solution, before, after, probe.passes, int(group.sum(samples)), bounds)
+
+
+def _places(weights: Iterable[str], streams: Mapping[str, int]) -> list[int]:
+    """The place of each weight's log scale: one for all of a stream."""
+    places: dict[Any, int] = {}
+    return [places.setdefault(streams.get(name, name), len(places)) for name in weights]
 
 
 def _range(budget: float | tuple[float, float] | None, degree: float, depth: int) -> tuple[float, float]:

@@ -103,17 +103,19 @@ def init_(
     that it belongs to, and ``sqrt(K)`` times as much before an average pooling of K positions. Biases become zero, norm
     layers one and zero. The activation and the depth are read from module order in ``nn.Sequential`` and from the graph
     of a Keras ``Sequential`` or functional model; for any other model from one traced forward pass if ``batch`` is
-    given, and else ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain also takes the scale of the
-    inputs out (:func:`hessinit.rules.input_layer_std`).
+    given; without, only layers that tell by themselves are known (gates, attention, embeddings, PyTorch's transformer
+    layers, Keras's layers with an activation), and for others ``nonlinearity`` is assumed. With ``batch`` the first
+    layer of a chain also takes the scale of the inputs out (:func:`hessinit.rules.input_layer_std`).
 
     **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs
     stay at a sensible level; among all ways to do so, by the one that changes the trace of G most
-    (:mod:`hessinit.budget`). A ρ between c and 2, where a step gains nothing, is left as it is; above, it is lowered by
-    the level first. Δ is computed by a private copy of the optimizer, with its weight decay and parameter groups;
-    momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak learning
-    rate. The batch goes through the model in training mode, without dropout. It takes at most 60 gradient passes over
-    the batch, mostly 20 to 40.
+    (:mod:`hessinit.budget`). Weights that write to one residual stream, as an embedding and the ends of a transformer's
+    blocks do, share a factor, so that none drowns the others. A ρ between c and 2, where a step gains nothing, is left
+    as it is; above, it is lowered by the level first. Δ is computed by a private copy of the optimizer, with its weight
+    decay and parameter groups; momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or
+    warm-up with its peak learning rate. The batch goes through the model in training mode, without dropout. It takes at
+    most 60 gradient passes over the batch, mostly 20 to 40.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
     error, or an interruption, leaves every parameter as it was. Frozen parameters, and those that Hugging Face's
@@ -257,10 +259,13 @@ def init_(
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
             others = {name: v for name, v in values.items() if name not in weights}
             depth = max((f.depth or 1 for f in followers.values()), default=1)
-            calibration = calibrate(function, inner, data, samples, target, weights, others, depth, seed, group)
+            streams = {name: f.stream for name, f in followers.items() if f.stream is not None}
+            calibration = calibrate(
+                function, inner, data, samples, target, weights, others, streams, depth, seed, group
+            )
             for name, scale in calibration.scales.items():
                 values[name] = values[name] * np.asarray(scale, values[name].dtype)
-                rows[name] = _scaled(rows[name], calibration, name)
+                rows[name] = _scaled(rows[name], calibration, name, name in streams)
             if base == CURRENT:
                 values = {name: values[name] for name in weights}
     law = distribution if base == CLOSED_FORM else None
@@ -502,11 +507,12 @@ def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:
     return Row(name=p.name, shape=p.shape, dtype=p.dtype, role=p.role, touched=touched, note=note, **numbers)
 
 
-def _scaled(row: Row, calibration: Calibration, name: str) -> Row:
+def _scaled(row: Row, calibration: Calibration, name: str, streaming: bool) -> Row:
     """A row after the calibration."""
     scale = calibration.scales[name]
     return replace(
         row,
+        note=f"{row.note}, of a stream" if streaming else row.note,
         scale=scale,
         std=row.std * scale,
         curvature_before=calibration.before.curvature[name],

@@ -111,16 +111,24 @@ class NetworkProbe:
         objective: the loss on the batch.
         base: the weights to be scaled, at scale one.
         placed: other values that stand for the model's own.
+        places: of each weight to be scaled, the place of its log scale in θ, which several may share.
         step: of the optimizer, from the objective's gradient.
     """
 
-    def __init__(self, objective: Objective, base: Named, placed: Named, step: Callable[[Named, Named], Step]) -> None:
-        self.objective, self.base, self.others = objective, dict(base), dict(placed)
+    def __init__(
+        self,
+        objective: Objective,
+        base: Named,
+        placed: Named,
+        places: Sequence[int],
+        step: Callable[[Named, Named], Step],
+    ) -> None:
+        self.objective, self.base, self.others, self.places = objective, dict(base), dict(placed), list(places)
         self.trained = list(dict.fromkeys([*objective.select(None), *base]))
         self.arrays = objective.network.arrays
         self.derivatives = OrDifferences(objective.network.derivatives, self.arrays)
         self.passes = 0.0
-        self._place(np.zeros(len(base)))
+        self._place(np.zeros(max(places) + 1))
         self.step = step(self._gradient(), self._values())
 
     def measure(self, theta: Vector) -> tuple[float, float]:
@@ -160,7 +168,10 @@ class NetworkProbe:
             }
 
         found = self.objective.over_data(work)
-        return _ratio(found["trace slope"], found["trace"]), _ratio(found["level slope"], found["level"])
+        trace, level = (
+            np.bincount(self.places, found[f"{name} slope"]).astype(np.float64) for name in ("trace", "level")
+        )
+        return _ratio(trace, found["trace"]), _ratio(level, found["level"])
 
     def describe(self, point: Point) -> State:
         """Everything the report says of a point that was measured: less than four passes."""
@@ -190,7 +201,7 @@ class NetworkProbe:
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def _place(self, theta: Vector) -> None:
-        scales = zip(self.base.items(), np.exp(theta), strict=True)
+        scales = zip(self.base.items(), np.exp(theta[self.places]), strict=True)
         scaled = {name: w if scale == 1 else w * float(scale) for (name, w), scale in scales}
         self.objective.placed = {**self.others, **scaled}
 

@@ -324,6 +324,21 @@ def test_products_are_told_from_activations():
     assert found == [("gates", 1), ("linear", 1), ("product", silu), ("sigmoid", sigmoid), ("sigmoid", sigmoid)]
 
 
+def test_weights_that_write_to_one_residual_stream_are_found():
+    i = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(20, 8)(i)
+    h = layers.LayerNormalization()(x)
+    x = x + layers.MultiHeadAttention(2, 4)(h, h)
+    h = layers.Dense(16, "gelu")(layers.LayerNormalization()(x))
+    x = layers.Add()([x, layers.Dense(8, name="down")(h)])
+    net = keras.Model(i, layers.Dense(20)(layers.LayerNormalization()(x)))
+    followers = adapter.KerasNetwork(net).followers(None)
+    streams = {name.split("/")[-2]: f.stream for name, f in followers.items() if f.stream is not None}
+    assert sorted(streams) == ["attention_output", "down", "embedding"]
+    assert len(set(streams.values())) == 1
+    assert len(followers) == 8
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()
@@ -346,6 +361,29 @@ def test_init_follows_a_subclassed_model_through_its_inputs():
     for nonlinearity in (keras.activations.gelu, layers.Activation("gelu"), rules.ACTIVATIONS["gelu"]):
         _, report = hessinit.init_(net, nonlinearity=nonlinearity, return_report=True)
         assert report.rows[0].gain == pytest.approx(rules.gain("gelu"), rel=1e-5)
+
+
+class Telling(keras.Model):
+    """Of layers that tell by themselves what follows their weights, but for the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attention = layers.Embedding(20, 8), layers.MultiHeadAttention(2, 4)
+        self.lstm, self.wide, self.head = layers.LSTM(8), layers.Dense(16, "gelu"), layers.Dense(3)
+
+    def call(self, x):
+        x = self.embed(x)
+        return self.head(self.wide(self.lstm(self.attention(x, x))))
+
+
+def test_layers_of_a_subclassed_model_tell_what_follows_their_weights():
+    net, ids = Telling(), np.arange(12).reshape(3, 4)
+    _, traced = hessinit.init_(net, ids, seed=0, return_report=True)
+    _, report = hessinit.init_(net, seed=0, return_report=True)
+    found = {row.name: (row.activation, row.std) for row in report if row.role == "weight"}
+    assert [name for name, (activation, _) in found.items() if "assumed" in activation] == [net.head.kernel.path]
+    assert {activation for activation, _ in found.values()} == {"linear", "gates", "gelu", "relu (assumed)"}
+    assert all(found[r.name] == (r.activation, r.std) for r in traced if r.role == "weight" and r.depth == 1)
 
 
 def test_inputs_are_measured_where_they_meet_the_first_weight():

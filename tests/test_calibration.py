@@ -75,7 +75,8 @@ def test_a_schedule_counts_with_its_peak():
         assert torch.allclose(a, b, rtol=1e-4)
 
 
-def test_the_slopes_are_those_of_the_probe_itself():
+@pytest.mark.parametrize("places", [[0, 1, 2], [0, 1, 0]])
+def test_the_slopes_are_those_of_the_probe_itself(places):
     """Against central differences of the level, and of the trace with its column held."""
     from hessinit.objective import Objective
     from hessinit.probe import NetworkProbe, sgd_step
@@ -84,8 +85,8 @@ def test_the_slopes_are_those_of_the_probe_itself():
     x, y = data()
     objective = Objective("test", model, (x.double(), y), "cross_entropy")
     base = {n: p.detach() for n, p in model.named_parameters() if p.ndim > 1}
-    probe = NetworkProbe(objective, base, {}, lambda gradient, values: sgd_step(0.1))
-    theta = np.array([0.2, -0.1, 0.3])
+    probe = NetworkProbe(objective, base, {}, places, lambda gradient, values: sgd_step(0.1))
+    theta = np.array([0.2, -0.1, 0.3])[: max(places) + 1]
     probe.measure(theta)
     trace, level = probe.slopes()
     held = []
@@ -101,8 +102,8 @@ def test_the_slopes_are_those_of_the_probe_itself():
         return math.log(objective.over_data(work)), math.log(r)
 
     at(theta)
-    for k in range(3):
-        h = np.eye(3)[k] * 1e-4
+    for k in range(len(theta)):
+        h = np.eye(len(theta))[k] * 1e-4
         up, down = at(theta + h), at(theta - h)
         assert trace[k] == pytest.approx((up[0] - down[0]) / 2e-4, abs=1e-5)
         assert level[k] == pytest.approx((up[1] - down[1]) / 2e-4, abs=1e-5)

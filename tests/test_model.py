@@ -309,6 +309,67 @@ def test_embeddings_attention_and_recurrent_layers():
     assert (gates.shape, gates.fan_in, gates.fan_out) == ((32, 16), 16, 8)
     recurrent = net.lstm.weight_hh_l0.view(4, 8, 8)
     assert torch.allclose(recurrent @ recurrent.mT, torch.eye(8).expand(4, 8, 8), atol=1e-5)
+    _, alone = hessinit.init_(net, seed=0, return_report=True)  # without a batch these layers tell by themselves
+    weights = [row for row in report if row.role == "weight" and row.name != "head.weight"]
+    assert len(weights) == 1 + 4 + 8
+    assert [alone[row.name].activation for row in weights] == [row.activation for row in weights]
+    assert [alone[row.name].std for row in weights] == pytest.approx([row.std for row in weights])
+    assert alone["head.weight"].activation == "relu (assumed)"
+
+
+class Residual(nn.Module):
+    """A small GPT: one block of torch's, one written out, an output layer that may be tied to the embedding."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embed, self.places = nn.Embedding(20, 8), nn.Embedding(6, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=True)
+        self.norm, self.up, self.gate, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 20)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.block(self.embed(ids) + self.places(torch.arange(ids.shape[1])))
+        h = self.norm(x)
+        x = x + self.down(self.up(h) * torch.sigmoid(self.gate(h)))
+        return self.head(self.last(x))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_write_to_one_residual_stream_share_a_scale(tied):
+    ids = torch.randint(0, 20, (64, 6), generator=torch.Generator().manual_seed(0))
+    net, report = hessinit.init_(Residual(tied), (ids, ids), "cross_entropy", lr=0.1, seed=0, return_report=True)
+    stream = {row.name: row.scale for row in report if "of a stream" in row.note}
+    writers = {
+        "embed.weight",
+        "places.weight",
+        "block.self_attn.out_proj.weight",
+        "block.linear2.weight",
+        "down.weight",
+    }
+    assert set(stream) == writers - ({"embed.weight"} if tied else set())
+    assert len(set(stream.values())) == 1
+    others = [row.scale for row in report if row.name not in stream and not np.isnan(row.scale)]
+    assert len(set(others)) == len(others) == 5
+    assert net.down.weight.square().mean().sqrt().item() == pytest.approx(report["down.weight"].std)
+
+
+def test_nothing_shares_a_scale_where_norms_or_no_sums_follow():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.norm, self.two = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+            self.three, self.head = nn.Linear(8, 8), nn.Linear(16, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.norm(self.one(x)) + 1)
+            x = x + torch.relu(self.norm(self.two(x)))
+            return self.head(torch.cat([x, self.three(x) * 2], 1))
+
+    followers = adapter.TorchNetwork(Net()).followers(torch.randn(4, 6))
+    assert len(followers) == 4
+    assert not any(follower.stream is not None for follower in followers.values())
 
 
 def test_lazy_meta_and_quantised_parameters_are_reported():

@@ -99,6 +99,8 @@ class Follower:
         averaged: number of positions that average poolings after it take together; 1 for none, and for one of all that
             there are, which keeps what they share (measured, the factor gains nothing there).
         last: whether no other weight follows on the way to the model's outputs.
+        stream: which residual stream the weight writes to: equal for all whose outputs are added to each other before
+            a norm; None where nothing is added.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Follower:
     takers: Mapping[str, int] = field(default_factory=dict)
     averaged: int = 1
     last: bool = False
+    stream: int | None = None
 
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 from hessinit import rules
 from hessinit.networks.base import Follower
 
+LINEAR, GATED = Follower("linear", "linear"), Follower("gates", "linear")
+"""What follows a weight whose layer tells by itself; gates and projections pass signals on almost linearly."""
 _GRID = np.sort(np.random.default_rng(0).uniform(-3.0, 3.0, 33))
 
 
@@ -108,6 +110,8 @@ class WeightGraph:
         self._shared: set[int] = set()  # layers whose units go elsewhere too
         self._averaged: dict[int, int] = {}  # of layers: positions that averages take together
         self._joined: set[int] = set()  # layers whose outputs meet those of others
+        self._writers: set[str] = set()
+        self._streams: list[frozenset[int]] = []  # layers whose outputs are added to each other
 
     def join(self, states: Iterable[State]) -> State:
         """The state of a tensor made from several."""
@@ -118,6 +122,13 @@ class WeightGraph:
             self.mixed(state)
             self._joined |= state.layers
         return State(frozenset().union(*(s.pending for s in states)), frozenset().union(*(s.layers for s in states)))
+
+    def added(self, states: Iterable[State]) -> State:
+        """The state of a sum of several tensors."""
+        state = self.join(states)
+        meeting = [stream for stream in self._streams if stream & state.layers]
+        self._streams = [s for s in self._streams if s not in meeting] + [state.layers.union(*meeting)]
+        return state
 
     def mixed(self, state: State) -> State:
         """Units meet each other or something else."""
@@ -135,6 +146,7 @@ class WeightGraph:
         names: Sequence[str],
         input_moment: float | None = None,
         units: tuple[int, int, int] | None = None,
+        writers: Sequence[str] | None = None,
     ) -> State:
         """The tensor, data of this mean square if it is the model's input, meets the weights of one layer.
 
@@ -144,6 +156,7 @@ class WeightGraph:
             input_moment: mean square of the data.
             units: of a single weight that takes all of an axis to all of another: how many it takes and gives, and
                 the axis of the outputs; else None.
+            writers: those that the outputs are proportional to; None for all.
         """
         self._settle(state.pending, "linear", "linear")
         layer, taken = len(self._names), state.units
@@ -152,6 +165,7 @@ class WeightGraph:
         else:
             self.mixed(state)
         self._names.append(list(names))
+        self._writers.update(names if writers is None else writers)
         self._before.append(state.layers)
         self._moments.append(input_moment)
         given = Units(layer, units[1], units[2]) if units is not None and units[1] % 2 == 0 else None
@@ -216,6 +230,7 @@ class WeightGraph:
         for layer in reversed(range(len(self._names))):
             for b in self._before[layer]:
                 ahead[b] = max(ahead[b], 1 + ahead[layer])
+        streams = self._written()
         found = {}
         for layer, names in enumerate(self._names):
             for name in names:
@@ -226,8 +241,18 @@ class WeightGraph:
                     depth = behind[layer] + ahead[layer] - 1
                     positions = 1 if layer in self._joined else self._averaged.get(layer, 1)
                     moment, takers, last = self._moments[layer], self._pairs(layer), layer in self._last
-                    found[name] = Follower(*activation, depth, moment, takers, positions, last)
+                    found[name] = Follower(*activation, depth, moment, takers, positions, last, streams.get(name))
         return found
+
+    def _written(self) -> Mapping[str, int]:
+        """The stream of each weight that writes to one, and to nothing else (as does one tied to the output layer)."""
+        places = {layer: k for k, stream in enumerate(self._streams) if len(stream) > 1 for layer in stream}
+        met: dict[str, set[int | None]] = {}
+        for layer, names in enumerate(self._names):
+            for name in self._writers.intersection(names):
+                met.setdefault(name, set()).add(places.get(layer))
+        one = {name: next(iter(streams)) for name, streams in met.items() if len(streams) == 1}
+        return {name: stream for name, stream in one.items() if stream is not None}
 
     def _pairs(self, layer: int) -> Mapping[str, int]:
         """The weights that take this layer's units and nothing else does, with repeats, where pairs would be linear."""

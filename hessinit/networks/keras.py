@@ -19,7 +19,7 @@ from hessinit.layout import KERAS, Layout
 from hessinit.losses import Loss
 from hessinit.networks import base, keras_loss
 from hessinit.networks.base import Follower, Named, Parameter
-from hessinit.networks.graph import State, WeightGraph, is_activation, numpy_or
+from hessinit.networks.graph import GATED, LINEAR, State, WeightGraph, is_activation, numpy_or
 from hessinit.networks.keras_autodiff import of_backend
 from hessinit.rules import ACTIVATIONS
 
@@ -32,7 +32,9 @@ _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
 _NORM = (layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization, layers.RMSNormalization)
 _ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
+_GATED = (*_ATTENTION, layers.RNN, layers.Bidirectional)
 _POOLING = ("AveragePooling", "MaxPooling", "GlobalAveragePooling", "GlobalMaxPooling", "SpatialDropout")
+_SUMS = ("Add", "Subtract", "Average")
 _AVERAGING = (layers.AveragePooling1D, layers.AveragePooling2D, layers.AveragePooling3D)
 _KEEPING = (layers.Dropout, *(getattr(layers, f"{name}{n}D") for name in _POOLING for n in (1, 2, 3)))
 _ROLES = {"gamma": base.NORM_SCALE, "scale": base.NORM_SCALE, "beta": base.NORM_OFFSET}
@@ -126,7 +128,7 @@ class KerasNetwork:
         graph = WeightGraph(whole=True)
         symbolic = self._symbolic(inputs)
         if symbolic is None:
-            return {}
+            return _inside(self.model)
         starts, outputs = symbolic
         ends = _follow(
             graph, starts, outputs, start=[graph.start()] * len(starts), data=None if callable(inputs) else inputs
@@ -390,12 +392,14 @@ def _step(
     if type(operation).__name__ == "Multiply" and len(given) == 2:
         one, two = zip(tensors, given, strict=True)
         return [graph.product(one, two)]
+    if type(operation).__name__ in _SUMS and len(given) > 1:
+        return [graph.added(given)]
     if not isinstance(operation, keras.Layer):
         return [_activate(graph, state, operation, tensors)]
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]
-    if isinstance(operation, (*_ATTENTION, layers.RNN, layers.Bidirectional)):
-        # Gates and projections pass signals on almost linearly.
-        return [graph.activation(graph.weights(state, weights, moment()), "gates", "linear")]
+    if isinstance(operation, _GATED):
+        writers = [operation._output_dense.kernel.path] if isinstance(operation, _ATTENTION) else []
+        return [graph.activation(graph.weights(state, weights, moment(), None, writers), "gates", "linear")]
     if isinstance(operation, _NORM):
         return [graph.norm(state)]
     if isinstance(operation, _AVERAGING) and not _takes_all(operation, tensors[0]):
@@ -406,6 +410,25 @@ def _step(
         state = graph.weights(state, weights, moment(), _units(operation))
         tensors = [None]  # between a layer's kernel and its own activation there is no symbolic tensor
     return [_activate(graph, state, operation, tensors)]
+
+
+def _inside(model: keras.Model) -> Mapping[str, Follower]:
+    """What layers tell of their own weights, wherever they stand."""
+    found: dict[str, Follower] = {}
+    for layer in model._flatten_layers():
+        function = getattr(layer, "activation", None)
+        if isinstance(layer, _GATED) or type(layer).__name__ in GATES:
+            follower = GATED
+        elif isinstance(layer, layers.Embedding):
+            follower = LINEAR
+        elif function is not None and not layer._layers and _acts(as_numpy_function(function)):
+            follower = Follower(getattr(function, "__name__", type(function).__name__), as_numpy_function(function))
+        else:
+            continue
+        for owner, variable in _owned_variables(layer):
+            if weight_layout(owner, variable.name) is not None:
+                found.setdefault(variable.path, follower)
+    return found
 
 
 def _takes_all(pooling: keras.Layer, tensor: Any) -> bool:

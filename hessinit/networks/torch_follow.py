@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hessinit.batches import ONE_AT_A_TIME, at_the_end, fixed_draws, random_states_kept
 from hessinit.networks.base import Follower
-from hessinit.networks.graph import State, Units, WeightGraph, is_activation
+from hessinit.networks.graph import GATED, LINEAR, State, Units, WeightGraph, is_activation
 from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, modes_kept, seeded
 from hessinit.networks.torch_derived import Derived
 
@@ -38,6 +38,7 @@ _REORDERING |= {"__getitem__", "__get__"}
 _AVERAGING: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 _LOCAL = 3  # kernel above which a pooling, whose map is not known, is taken for one of the whole map
 _AVERAGING_FUNCTIONS = {"avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3}
+_SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__rsub__"}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 
 
@@ -78,10 +79,11 @@ def _leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def module_order(model: nn.Module, names: Mapping[int, str], computed: Sequence[Derived]) -> Mapping[str, Follower]:
-    """Followers inside each ``nn.Sequential``, from the order of its modules.
+    """Followers inside each ``nn.Sequential`` from the order of its modules, and of what tells by itself.
 
     What leaves a Sequential that is only a part of the model may meet anything, so weights whose follower would lie
-    there are not in the answer.
+    there are not in the answer. Gates, attention, embeddings and the feed-forward layers of torch's transformers are
+    known wherever they stand.
 
     Args:
         model: the model.
@@ -102,12 +104,37 @@ def module_order(model: nn.Module, names: Mapping[int, str], computed: Sequence[
             state = _step(graph, state, module, names, own.get(id(module), []))
         graph.end(state)
         found.update(graph.followers())
+    for module in model.modules():
+        for part, follower in _inside(module):
+            for name in (*_weights(part, names), *own.get(id(part), [])):
+                found.setdefault(name, follower)
     return found
+
+
+def _inside(module: nn.Module) -> Iterator[tuple[nn.Module, Follower]]:
+    """The module itself, or parts of it, of which it alone decides what follows."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        yield module, LINEAR
+    if isinstance(module, _GATED):
+        yield module, GATED
+    if isinstance(module, nn.MultiheadAttention):
+        yield module.out_proj, GATED
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        function = as_numpy_function(module.activation)
+        if is_activation(function):
+            name = getattr(module.activation, "__name__", type(module.activation).__name__)
+            yield module.linear1, Follower(name, function)
+        yield module.linear2, LINEAR
+
+
+def _weights(module: nn.Module, names: Mapping[int, str]) -> list[str]:
+    """Names of a module's own weights."""
+    return [names[id(p)] for p in module._parameters.values() if id(p) in names]
 
 
 def _step(graph: WeightGraph, state: State, module: nn.Module, names: Mapping[int, str], computed: list[str]) -> State:
     """One module of a Sequential, with the names of the weights that it computes."""
-    weights = [names[id(p)] for p in module._parameters.values() if id(p) in names] + computed
+    weights = _weights(module, names) + computed
     if weights:
         state = graph.weights(state, weights)
         return graph.activation(state, "gates", "linear") if isinstance(module, _GATED) else state
@@ -150,7 +177,8 @@ class _Tracer(TorchFunctionMode):
             return result  # a shape, a mask, noise: nothing of the signal
         if weights:
             moment = None if states else self._input_moment(given)
-            state = self.graph.weights(self.graph.join(states), weights, moment, _units(name, given))
+            writers = [n for n in weights if "out_proj" in n] if name in _GATED_FUNCTIONS else None
+            state = self.graph.weights(self.graph.join(states), weights, moment, _units(name, given), writers)
             if name in _GATED_FUNCTIONS:
                 state = self.graph.activation(state, "gates", "linear")
         elif self.inside or not states:
@@ -161,6 +189,8 @@ class _Tracer(TorchFunctionMode):
                 state = self.graph.norm(state)
             elif name in _PRODUCTS and len(states) == 2:
                 state = self.graph.product(*((t, self.states[t]) for t in given))
+            elif name in _SUMS and len(states) > 1:
+                state = self.graph.added(states)
             elif name in _AVERAGING_FUNCTIONS:
                 axes = _AVERAGING_FUNCTIONS[name]
                 kernel = kwargs["kernel_size"] if "kernel_size" in kwargs else args[1]
