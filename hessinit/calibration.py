@@ -170,7 +170,12 @@ def calibrate(
 
 
 def _places(weights: Iterable[str], streams: Mapping[str, int]) -> list[int]:
-    """The place of each weight's log scale: one for all of a stream."""
+    """The place of each weight's log scale: one for all of a stream.
+
+    With one each, the trace is raised by shrinking the first writers of the stream, before norms that make up for it,
+    until the later ones drown them: a GPT of three blocks on Python's own source, under Adam at 1e-4, ends at a loss of
+    2.99 in place of 2.44 (Glorot's weights: 2.89).
+    """
     places: dict[Any, int] = {}
     return [places.setdefault(streams.get(name, name), len(places)) for name in weights]
 

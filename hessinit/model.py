@@ -146,9 +146,10 @@ def init_(
             calls with no other draw between them give the same weights.
         include: name glob or globs; only parameters that match one are set. Default: all.
         exclude: name glob or globs; parameters that match one are left.
-        residual_branches: name glob or globs of the weights that end the branches of a residual net without norms, one
-            a branch: each of L gets ``1 / sqrt(L)`` of the closed form's scale, so that the sum of all branches is as
-            large as one. Default: none.
+        residual_branches: name glob or globs of the weights that end the branches of a residual stream, one a branch:
+            each of L gets ``1 / sqrt(L)`` of the closed form's scale, so that the sum of all branches is as large as
+            one. Default: those that end in a weight, not in a norm, and are added to what they came from, as far as the
+            model is traced. ``[]`` for none.
         forget_bias: of the forget gates of LSTM layers. Default: the framework's, 0 in PyTorch, and 1 in Keras where
             ``unit_forget_bias``. Other biases become 0.
         forward: function of (model, batch) that returns (outputs, targets), for batches of any structure.
@@ -222,7 +223,7 @@ def init_(
             network.prepare(inputs, function)
         parameters = network.parameters()
         left = _left_alone(parameters, include, exclude)
-        ends = _matches(parameters, residual_branches, "residual_branches") or set()
+        ends = _matches(parameters, residual_branches, "residual_branches")
         rows: dict[str, Row] = {}
         values: dict[str, Any] = {}
         with random_states_kept(network.random_state()), _forward_errors(inputs):
@@ -236,17 +237,18 @@ def init_(
             paired = calibrated if mirrored is None else mirrored
             mirrors = _mirrors(followers, parameters, left, features=mirrored is None) if paired else {}
             assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation)
-            one_of = Counter(p.role for p in parameters if p.name in ends)[WEIGHT]
+            named = Counter(p.role for p in parameters if p.name in (ends or ()))[WEIGHT]
             for p in parameters:
                 if p.name in left:
                     rows[p.name] = _row(p, touched=False, note=left[p.name])
                 elif p.role != WEIGHT:
                     values[p.name], rows[p.name] = _constant(p, forget_bias)
                 else:
+                    follower = followers.get(p.name, assumed)
                     role = Role(
-                        followers.get(p.name, assumed),
+                        follower,
                         mirrors.get(p.name, UNPAIRED),
-                        one_of if p.name in ends else 1,
+                        follower.branches if ends is None else named if p.name in ends else 1,
                         [q for q in parameters if q.tied_to == p.name and q.role == WEIGHT],
                     )
                     values[p.name], rows[p.name] = _drawn(p, role, distribution, seed)

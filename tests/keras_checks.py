@@ -336,6 +336,8 @@ def test_weights_that_write_to_one_residual_stream_are_found():
     streams = {name.split("/")[-2]: f.stream for name, f in followers.items() if f.stream is not None}
     assert sorted(streams) == ["attention_output", "down", "embedding"]
     assert len(set(streams.values())) == 1
+    branches = {name.split("/")[-2] for name, f in followers.items() if f.branches == 2}
+    assert branches == {"attention_output", "down"}
     assert len(followers) == 8
 
 

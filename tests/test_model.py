@@ -353,6 +353,8 @@ def test_weights_that_write_to_one_residual_stream_share_a_scale(tied):
     others = [row.scale for row in report if row.name not in stream and not np.isnan(row.scale)]
     assert len(set(others)) == len(others) == 5
     assert net.down.weight.square().mean().sqrt().item() == pytest.approx(report["down.weight"].std)
+    ends = {row.name for row in report if "one of 3 branches" in row.note}
+    assert ends == {"block.self_attn.out_proj.weight", "block.linear2.weight", "down.weight"}
 
 
 def test_nothing_shares_a_scale_where_norms_or_no_sums_follow():
@@ -369,7 +371,29 @@ def test_nothing_shares_a_scale_where_norms_or_no_sums_follow():
 
     followers = adapter.TorchNetwork(Net()).followers(torch.randn(4, 6))
     assert len(followers) == 4
-    assert not any(follower.stream is not None for follower in followers.values())
+    assert {(follower.stream, follower.branches) for follower in followers.values()} == {(None, 1)}
+
+
+def test_branches_side_by_side_and_shared_ones_are_counted():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.skip, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.embed(x)
+            x = x + torch.tanh(self.one(x)) + self.two(x)
+            for _ in range(2):
+                x = x - self.two(x)
+            return self.head(self.skip(x) + x.relu())
+
+    found = adapter.TorchNetwork(Net()).followers(torch.randn(4, 6))
+    assert {name.split(".")[0]: follower.branches for name, follower in found.items()} == {
+        **{"embed": 1, "one": 5, "two": 5},
+        **{"skip": 5, "head": 1},
+    }
+    assert len({found[f"{name}.weight"].stream for name in ("embed", "one", "two", "skip")}) == 1
 
 
 def test_lazy_meta_and_quantised_parameters_are_reported():
@@ -629,8 +653,11 @@ def test_residual_branches_keep_the_signal_of_fifty_blocks(traced):
 
     kept, report = growth(residual_branches="blocks.*.2.weight")
     assert 0.7 < kept < 3
-    assert growth()[0] > 1e4
     assert sum(row.note.endswith("one of 50 branches") for row in report) == 50
+    assert growth(residual_branches=[])[0] > 1e4
+    kept, report = growth()  # branches that a trace sees; the first is added to the data itself
+    assert 0.7 < kept < 4 if traced else kept > 1e4
+    assert sum(row.note.endswith("one of 49 branches") for row in report) == 49 * traced
     with pytest.raises(ValueError, match="residual_branches must match a parameter; 'nothing' matches none"):
         hessinit.init_(Blocks(1), residual_branches="nothing")
 

@@ -101,6 +101,7 @@ class Follower:
         last: whether no other weight follows on the way to the model's outputs.
         stream: which residual stream the weight writes to: equal for all whose outputs are added to each other before
             a norm; None where nothing is added.
+        branches: of a weight at the end of a residual branch, the number of branches of its stream; else 1.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Follower:
     averaged: int = 1
     last: bool = False
     stream: int | None = None
+    branches: int = 1
 
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:

@@ -81,12 +81,14 @@ class State(NamedTuple):
         layers: those it came through in a chain, nearest ones.
         activated: of an activation's output: its input, the weights before, and the function.
         units: those of one layer, where the tensor is these and nothing else.
+        past: all layers that it came through.
     """
 
     pending: frozenset[str]
     layers: frozenset[int]
     activated: tuple[Any, frozenset[str], Callable[[Any], Any] | str] | None = None
     units: Units | None = None
+    past: frozenset[int] = frozenset()
 
 
 class WeightGraph:
@@ -112,6 +114,7 @@ class WeightGraph:
         self._joined: set[int] = set()  # layers whose outputs meet those of others
         self._writers: set[str] = set()
         self._streams: list[frozenset[int]] = []  # layers whose outputs are added to each other
+        self._branches: list[frozenset[int]] = []  # the layers at the end of each branch that is added to a stream
 
     def join(self, states: Iterable[State]) -> State:
         """The state of a tensor made from several."""
@@ -121,10 +124,17 @@ class WeightGraph:
         for state in states:
             self.mixed(state)
             self._joined |= state.layers
-        return State(frozenset().union(*(s.pending for s in states)), frozenset().union(*(s.layers for s in states)))
+        pending, layers, past = (
+            frozenset().union(*(getattr(s, part) for s in states)) for part in ("pending", "layers", "past")
+        )
+        return State(pending, layers, past=past)
 
     def added(self, states: Iterable[State]) -> State:
-        """The state of a sum of several tensors."""
+        """The state of a sum of several tensors: what came from a layer of another of them has ended a branch."""
+        states = list(states)
+        for one in states:
+            if any(other.layers & one.past and one.layers - other.past for other in states):
+                self._branches.append(one.layers)
         state = self.join(states)
         meeting = [stream for stream in self._streams if stream & state.layers]
         self._streams = [s for s in self._streams if s not in meeting] + [state.layers.union(*meeting)]
@@ -169,7 +179,7 @@ class WeightGraph:
         self._before.append(state.layers)
         self._moments.append(input_moment)
         given = Units(layer, units[1], units[2]) if units is not None and units[1] % 2 == 0 else None
-        return State(frozenset(names), frozenset([layer]), units=given)
+        return State(frozenset(names), frozenset([layer]), units=given, past=state.past | {layer})
 
     def activation(self, state: State, name: str, function: Callable[[Any], Any] | str, tensor: object = None) -> State:
         """The tensor goes through an activation; name the tensor itself where it may meet its output again."""
@@ -179,7 +189,7 @@ class WeightGraph:
             units = units._replace(paired=True)
         else:
             units = self.mixed(state).units
-        return State(frozenset(), state.layers, (tensor, state.pending, function), units)
+        return State(frozenset(), state.layers, (tensor, state.pending, function), units, state.past)
 
     def product(self, one: tuple[object, State], two: tuple[object, State]) -> State:
         """Two tensors are multiplied: ``u φ(u)`` is one activation, and an activation from 0 to 1 is a gate."""
@@ -203,7 +213,7 @@ class WeightGraph:
         """The tensor is normalised: a new chain starts."""
         if state.units is not None and state.units.paired:  # pairs that are norms of u and -u are such pairs again
             state = self.mixed(state)
-        return State(state.pending, frozenset(), units=state.units)
+        return State(state.pending, frozenset(), units=state.units, past=state.past)
 
     def unknown(self, state: State) -> State:
         """The tensor enters something that cannot be followed."""
@@ -241,7 +251,9 @@ class WeightGraph:
                     depth = behind[layer] + ahead[layer] - 1
                     positions = 1 if layer in self._joined else self._averaged.get(layer, 1)
                     moment, takers, last = self._moments[layer], self._pairs(layer), layer in self._last
-                    found[name] = Follower(*activation, depth, moment, takers, positions, last, streams.get(name))
+                    stream = streams.get(name)
+                    branches = self._beside(layer) if stream is not None else 1
+                    found[name] = Follower(*activation, depth, moment, takers, positions, last, stream, branches)
         return found
 
     def _written(self) -> Mapping[str, int]:
@@ -253,6 +265,13 @@ class WeightGraph:
                 met.setdefault(name, set()).add(places.get(layer))
         one = {name: next(iter(streams)) for name, streams in met.items() if len(streams) == 1}
         return {name: stream for name, stream in one.items() if stream is not None}
+
+    def _beside(self, layer: int) -> int:
+        """The number of branches of its stream, if the layer ends one; else 1."""
+        if not any(layer in branch for branch in self._branches):
+            return 1
+        stream = next(s for s in self._streams if layer in s)
+        return sum(branch <= stream for branch in self._branches)
 
     def _pairs(self, layer: int) -> Mapping[str, int]:
         """The weights that take this layer's units and nothing else does, with repeats, where pairs would be linear."""
