@@ -336,9 +336,19 @@ def test_weights_that_write_to_one_residual_stream_are_found():
     streams = {name.split("/")[-2]: f.stream for name, f in followers.items() if f.stream is not None}
     assert sorted(streams) == ["attention_output", "down", "embedding"]
     assert len(set(streams.values())) == 1
-    branches = {name.split("/")[-2] for name, f in followers.items() if f.branches == 2}
-    assert branches == {"attention_output", "down"}
     assert len(followers) == 8
+
+
+def test_the_branches_of_a_stream_without_norms_are_counted():
+    i = keras.Input((8,))
+    x = layers.Dense(8, name="stem")(i)
+    for k in range(3):
+        h = layers.Dense(8, "relu", name=f"up{k}")(x)
+        x = layers.Add()([x, layers.Dense(8, name=f"down{k}")(h)])
+    followers = adapter.KerasNetwork(keras.Model(i, layers.Dense(2, name="head")(x))).followers(None)
+    found = {name.split("/")[-2]: follower.branches for name, follower in followers.items()}
+    assert {name for name, branches in found.items() if branches == 3} == {"down0", "down1", "down2"}
+    assert {branches for name, branches in found.items() if "down" not in name} == {1}
 
 
 class Subclassed(keras.Model):

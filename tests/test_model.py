@@ -353,8 +353,7 @@ def test_weights_that_write_to_one_residual_stream_share_a_scale(tied):
     others = [row.scale for row in report if row.name not in stream and not np.isnan(row.scale)]
     assert len(set(others)) == len(others) == 5
     assert net.down.weight.square().mean().sqrt().item() == pytest.approx(report["down.weight"].std)
-    ends = {row.name for row in report if "one of 3 branches" in row.note}
-    assert ends == {"block.self_attn.out_proj.weight", "block.linear2.weight", "down.weight"}
+    assert not any("branches" in row.note for row in report)  # a norm begins each, so that their sum grows slowly
 
 
 def test_nothing_shares_a_scale_where_norms_or_no_sums_follow():
@@ -362,15 +361,15 @@ def test_nothing_shares_a_scale_where_norms_or_no_sums_follow():
         def __init__(self):
             super().__init__()
             self.one, self.norm, self.two = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8)
-            self.three, self.head = nn.Linear(8, 8), nn.Linear(16, 3)
+            self.three, self.head, self.wide = nn.Linear(8, 8), nn.Linear(16, 3), nn.Linear(6, 3)
 
-        def forward(self, x):
-            x = torch.relu(self.norm(self.one(x)) + 1)
+        def forward(self, data):
+            x = torch.relu(self.norm(self.one(data)) + 1)
             x = x + torch.relu(self.norm(self.two(x)))
-            return self.head(torch.cat([x, self.three(x) * 2], 1))
+            return self.head(torch.cat([x, self.three(x) * 2], 1)) + self.wide(data)
 
     followers = adapter.TorchNetwork(Net()).followers(torch.randn(4, 6))
-    assert len(followers) == 4
+    assert len(followers) == 5
     assert {(follower.stream, follower.branches) for follower in followers.values()} == {(None, 1)}
 
 
@@ -393,7 +392,7 @@ def test_branches_side_by_side_and_shared_ones_are_counted():
         **{"embed": 1, "one": 5, "two": 5},
         **{"skip": 5, "head": 1},
     }
-    assert len({found[f"{name}.weight"].stream for name in ("embed", "one", "two", "skip")}) == 1
+    assert [found[f"{name}.weight"].stream for name in ("embed", "one", "two", "skip")] == [None, 0, 0, 0]
 
 
 def test_lazy_meta_and_quantised_parameters_are_reported():

@@ -100,8 +100,8 @@ class Follower:
             there are, which keeps what they share (measured, the factor gains nothing there).
         last: whether no other weight follows on the way to the model's outputs.
         stream: which residual stream the weight writes to: equal for all whose outputs are added to each other before
-            a norm; None where nothing is added.
-        branches: of a weight at the end of a residual branch, the number of branches of its stream; else 1.
+            a norm, or, in one without norms, for the ends of its branches; None where nothing is added.
+        branches: of a weight at the end of a branch without norms, the number of branches of its stream; else 1.
     """
 
     name: str

@@ -81,7 +81,7 @@ class State(NamedTuple):
         layers: those it came through in a chain, nearest ones.
         activated: of an activation's output: its input, the weights before, and the function.
         units: those of one layer, where the tensor is these and nothing else.
-        past: all layers that it came through.
+        past: all of that chain.
     """
 
     pending: frozenset[str]
@@ -114,6 +114,7 @@ class WeightGraph:
         self._joined: set[int] = set()  # layers whose outputs meet those of others
         self._writers: set[str] = set()
         self._streams: list[frozenset[int]] = []  # layers whose outputs are added to each other
+        self._normed: set[int] = set()  # layers whose outputs a norm takes
         self._branches: list[frozenset[int]] = []  # the layers at the end of each branch that is added to a stream
 
     def join(self, states: Iterable[State]) -> State:
@@ -130,7 +131,7 @@ class WeightGraph:
         return State(pending, layers, past=past)
 
     def added(self, states: Iterable[State]) -> State:
-        """The state of a sum of several tensors: what came from a layer of another of them has ended a branch."""
+        """The state of a sum: of what came, by a chain, from a layer of another part of it, a branch has ended."""
         states = list(states)
         for one in states:
             if any(other.layers & one.past and one.layers - other.past for other in states):
@@ -213,7 +214,8 @@ class WeightGraph:
         """The tensor is normalised: a new chain starts."""
         if state.units is not None and state.units.paired:  # pairs that are norms of u and -u are such pairs again
             state = self.mixed(state)
-        return State(state.pending, frozenset(), units=state.units, past=state.past)
+        self._normed |= state.layers
+        return State(state.pending, frozenset(), units=state.units)
 
     def unknown(self, state: State) -> State:
         """The tensor enters something that cannot be followed."""
@@ -240,7 +242,7 @@ class WeightGraph:
         for layer in reversed(range(len(self._names))):
             for b in self._before[layer]:
                 ahead[b] = max(ahead[b], 1 + ahead[layer])
-        streams = self._written()
+        written = self._written()
         found = {}
         for layer, names in enumerate(self._names):
             for name in names:
@@ -251,27 +253,27 @@ class WeightGraph:
                     depth = behind[layer] + ahead[layer] - 1
                     positions = 1 if layer in self._joined else self._averaged.get(layer, 1)
                     moment, takers, last = self._moments[layer], self._pairs(layer), layer in self._last
-                    stream = streams.get(name)
-                    branches = self._beside(layer) if stream is not None else 1
-                    found[name] = Follower(*activation, depth, moment, takers, positions, last, stream, branches)
+                    stream = written.get(name, (None, 1))
+                    found[name] = Follower(*activation, depth, moment, takers, positions, last, *stream)
         return found
 
-    def _written(self) -> Mapping[str, int]:
-        """The stream of each weight that writes to one, and to nothing else (as does one tied to the output layer)."""
-        places = {layer: k for k, stream in enumerate(self._streams) if len(stream) > 1 for layer in stream}
-        met: dict[str, set[int | None]] = {}
+    def _written(self) -> Mapping[str, tuple[int, int]]:
+        """Of each weight that writes to a stream, and to nothing else: which one, and its number of branches.
+
+        One tied to the output layer writes elsewhere too. Of a stream without norms the ends of branches alone count:
+        what enters it is what they take, and shrinks them as it shrinks.
+        """
+        places: dict[int, tuple[int, int]] = {}
+        for k, stream in enumerate(self._streams):
+            ends = [branch for branch in self._branches if branch <= stream]
+            writers = frozenset().union(*ends) or (stream if stream & self._normed else ())
+            places |= dict.fromkeys(writers, (k, len(ends) or 1))
+        met: dict[str, set[tuple[int, int] | None]] = {}
         for layer, names in enumerate(self._names):
             for name in self._writers.intersection(names):
                 met.setdefault(name, set()).add(places.get(layer))
-        one = {name: next(iter(streams)) for name, streams in met.items() if len(streams) == 1}
-        return {name: stream for name, stream in one.items() if stream is not None}
-
-    def _beside(self, layer: int) -> int:
-        """The number of branches of its stream, if the layer ends one; else 1."""
-        if not any(layer in branch for branch in self._branches):
-            return 1
-        stream = next(s for s in self._streams if layer in s)
-        return sum(branch <= stream for branch in self._branches)
+        one = {name: next(iter(found)) for name, found in met.items() if len(found) == 1}
+        return {name: found for name, found in one.items() if found is not None}
 
     def _pairs(self, layer: int) -> Mapping[str, int]:
         """The weights that take this layer's units and nothing else does, with repeats, where pairs would be linear."""
