@@ -326,7 +326,7 @@ def test_products_are_told_from_activations():
 
 def test_weights_that_write_to_one_residual_stream_are_found():
     i = keras.Input((6,), dtype="int32")
-    x = layers.Embedding(20, 8)(i)
+    x = layers.Embedding(20, 8, name="embed")(i)
     h = layers.LayerNormalization()(x)
     x = x + layers.MultiHeadAttention(2, 4)(h, h)
     h = layers.Dense(16, "gelu")(layers.LayerNormalization()(x))
@@ -334,7 +334,7 @@ def test_weights_that_write_to_one_residual_stream_are_found():
     net = keras.Model(i, layers.Dense(20)(layers.LayerNormalization()(x)))
     followers = adapter.KerasNetwork(net).followers(None)
     streams = {name.split("/")[-2]: f.stream for name, f in followers.items() if f.stream is not None}
-    assert sorted(streams) == ["attention_output", "down", "embedding"]
+    assert sorted(streams) == ["attention_output", "down", "embed"]
     assert len(set(streams.values())) == 1
     assert len(followers) == 8
 
