@@ -265,14 +265,13 @@ def init_(
             others = {name: v for name, v in values.items() if name not in weights}
             depth = max((f.depth or 1 for f in followers.values()), default=1)
             streams = {name: f.stream for name, f in followers.items() if f.stream is not None and name in weights}
-            alone = [stream for stream, writers in Counter(streams.values()).items() if writers == 1]
-            streams = {name: stream for name, stream in streams.items() if stream not in alone}
+            writers = Counter(streams.values())
             calibration = calibrate(
                 function, inner, data, samples, target, weights, others, streams, depth, seed, group
             )
             for name, scale in calibration.scales.items():
                 values[name] = values[name] * np.asarray(scale, values[name].dtype)
-                rows[name] = _scaled(rows[name], calibration, name, name in streams)
+                rows[name] = _scaled(rows[name], calibration, name, writers[streams.get(name, -1)] > 1)
             if base == CURRENT:
                 values = {name: values[name] for name in weights}
     law = distribution if base == CLOSED_FORM else None
@@ -514,12 +513,12 @@ def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:
     return Row(name=p.name, shape=p.shape, dtype=p.dtype, role=p.role, touched=touched, note=note, **numbers)
 
 
-def _scaled(row: Row, calibration: Calibration, name: str, streaming: bool) -> Row:
+def _scaled(row: Row, calibration: Calibration, name: str, shared: bool) -> Row:
     """A row after the calibration."""
     scale = calibration.scales[name]
     return replace(
         row,
-        note=f"{row.note}, of a stream" if streaming else row.note,
+        note=f"{row.note}, of a stream" if shared else row.note,
         scale=scale,
         std=row.std * scale,
         curvature_before=calibration.before.curvature[name],

@@ -192,6 +192,10 @@ class WeightGraph:
             units = self.mixed(state).units
         return State(frozenset(), state.layers, (tensor, state.pending, function), units, state.past)
 
+    def gated(self, state: State) -> State:
+        """The tensor goes through gates or attention, which pass signals on almost linearly."""
+        return self.activation(state, GATED.name, GATED.function)
+
     def product(self, one: tuple[object, State], two: tuple[object, State]) -> State:
         """Two tensors are multiplied: ``u φ(u)`` is one activation, and an activation from 0 to 1 is a gate."""
         for (_, factor), (other, _) in ((one, two), (two, one)):
@@ -201,7 +205,7 @@ class WeightGraph:
                 if tensor is other:
                     self._activations.update(dict.fromkeys(weights, ("product", _times_argument(known))))
                 elif known(_GRID).min() >= 0 and known(_GRID).max() <= 1:
-                    self._activations.update(dict.fromkeys(weights, ("gates", "linear")))
+                    self._activations.update(dict.fromkeys(weights, (GATED.name, GATED.function)))
         return self.join([one[1], two[1]])
 
     def averaged(self, state: State, positions: int) -> State:

@@ -399,7 +399,7 @@ def _step(
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]
     if isinstance(operation, _GATED):
         writers = [operation._output_dense.kernel.path] if isinstance(operation, _ATTENTION) else []
-        return [graph.activation(graph.weights(state, weights, moment(), None, writers), "gates", "linear")]
+        return [graph.gated(graph.weights(state, weights, moment(), None, writers))]
     if isinstance(operation, _NORM):
         return [graph.norm(state)]
     if isinstance(operation, _AVERAGING) and not _takes_all(operation, tensors[0]):
@@ -421,8 +421,8 @@ def _inside(model: keras.Model) -> Mapping[str, Follower]:
             follower = GATED
         elif isinstance(layer, layers.Embedding):
             follower = LINEAR
-        elif function is not None and not layer._layers and _acts(as_numpy_function(function)):
-            follower = Follower(getattr(function, "__name__", type(function).__name__), as_numpy_function(function))
+        elif function is not None and not layer._layers and _acts(numpy_function := as_numpy_function(function)):
+            follower = Follower(getattr(function, "__name__", type(function).__name__), numpy_function)
         else:
             continue
         for owner, variable in _owned_variables(layer):

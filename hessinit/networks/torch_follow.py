@@ -26,10 +26,11 @@ from hessinit.networks.torch_derived import Derived
 Array = npt.NDArray[np.floating[Any]]
 NORM = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
-# Gates and attention's projections pass signals on almost linearly.
+# What is followed as gates.
 _GATED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _GATED_FUNCTIONS = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
-_GATED_FUNCTIONS |= {"multi_head_attention_forward", "_native_multi_head_attention"}
+_ATTENTION_FUNCTIONS = {"multi_head_attention_forward", "_native_multi_head_attention"}
+_GATED_FUNCTIONS |= _ATTENTION_FUNCTIONS
 _NORM_FUNCTIONS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"}
 _FLATTENING = {"flatten", "reshape", "view", "squeeze", "mean"}
 _REORDERING = {"transpose", "permute", "movedim", "swapaxes", "swapdims", "flip", "roll", "sort", "cumsum", "softmax"}
@@ -101,12 +102,12 @@ def module_order(model: nn.Module, names: Mapping[int, str], computed: Sequence[
         graph = WeightGraph(whole=sequential is model)
         state = graph.start()
         for module in _leaves(sequential):
-            state = _step(graph, state, module, names, own.get(id(module), []))
+            state = _step(graph, state, module, _weights(module, names, own))
         graph.end(state)
         found.update(graph.followers())
     for module in model.modules():
         for part, follower in _inside(module):
-            for name in (*_weights(part, names), *own.get(id(part), [])):
+            for name in _weights(part, names, own):
                 found.setdefault(name, follower)
     return found
 
@@ -127,17 +128,16 @@ def _inside(module: nn.Module) -> Iterator[tuple[nn.Module, Follower]]:
         yield module.linear2, LINEAR
 
 
-def _weights(module: nn.Module, names: Mapping[int, str]) -> list[str]:
-    """Names of a module's own weights."""
-    return [names[id(p)] for p in module._parameters.values() if id(p) in names]
+def _weights(module: nn.Module, names: Mapping[int, str], computed: Mapping[int, list[str]]) -> list[str]:
+    """Names of a module's own weights, and of those that it computes."""
+    return [names[id(p)] for p in module._parameters.values() if id(p) in names] + computed.get(id(module), [])
 
 
-def _step(graph: WeightGraph, state: State, module: nn.Module, names: Mapping[int, str], computed: list[str]) -> State:
-    """One module of a Sequential, with the names of the weights that it computes."""
-    weights = _weights(module, names) + computed
+def _step(graph: WeightGraph, state: State, module: nn.Module, weights: list[str]) -> State:
+    """One module of a Sequential, with the names of its weights."""
     if weights:
         state = graph.weights(state, weights)
-        return graph.activation(state, "gates", "linear") if isinstance(module, _GATED) else state
+        return graph.gated(state) if isinstance(module, _GATED) else state
     if isinstance(module, NORM):
         return graph.norm(state)
     for kind, axes in _AVERAGING.items():
@@ -177,10 +177,11 @@ class _Tracer(TorchFunctionMode):
             return result  # a shape, a mask, noise: nothing of the signal
         if weights:
             moment = None if states else self._input_moment(given)
-            writers = [n for n in weights if "out_proj" in n] if name in _GATED_FUNCTIONS else None
+            ends = [n for n in weights if "out_proj" in n] if name in _ATTENTION_FUNCTIONS else []
+            writers = ends if name in _GATED_FUNCTIONS else None
             state = self.graph.weights(self.graph.join(states), weights, moment, _units(name, given), writers)
             if name in _GATED_FUNCTIONS:
-                state = self.graph.activation(state, "gates", "linear")
+                state = self.graph.gated(state)
         elif self.inside or not states:
             return result
         else:
