@@ -14,7 +14,10 @@ a deep saturating one from turning chaotic.
 
 Along ``d``, ``log ρ`` is taken to follow ``log T`` with a ratio that starts at one and is then read from the last two
 probes (a secant). Scales stay in a box; one that meets its bound is held there and the rest go on. A step ends where
-the first scale meets the trust region, as the rest of the way would be guesswork.
+the first scale meets the trust region, as the rest of the way would be guesswork; and one on the way back into the
+level's band that takes the level far beyond is tried again shorter. Where layers saturate, the level falls faster than
+its slope says, and what the slopes would trade for it leaves a nearly linear net (10-64-64-1 with tanh, regression,
+Adam at 0.003: train loss 0.16, in place of 0.03).
 
 Nothing here knows of networks: a probe is anything with these three numbers and two gradients.
 """
@@ -34,6 +37,7 @@ TOLERANCE = 0.1  # of log ρ: less than a batch of 256 says about the next
 MAX_PROBES = 8
 TRUST = 1.5  # largest change of a log scale between two probes
 REACH = 3.0  # of that, by which all of them together would move the level if none made up for another
+BEYOND = 0.4  # of log r past where a step should bring it: the step is too long for what slopes say
 SLACK = 0.02  # of log r: the first order does not stop at an edge exactly
 OVERSHOT = 0.4  # of log ρ above the lower end: a step up is for the lower end, not for what lies beyond
 BACK = 2.0  # of log ρ: what the way back into the level's band may cost
@@ -150,6 +154,11 @@ def solve(
             break
         point = Point(best.theta + step, *probe.measure(best.theta + step))
         points.append(point)
+        change = math.log(point.level) - r if point.finite else 0.0
+        beyond = outside and math.copysign(1.0, outside) * (change - float(slopes[1] @ step)) > BEYOND
+        if beyond and len(points) < max_probes - 1:
+            trust = float(np.abs(step).max()) / 4
+            continue
         if off > 0 and len(points) < max_probes and point.finite and math.log(point.sharpness) > goals[0] + OVERSHOT:
             steeper = _secant(best, point, float(slopes[0] @ step), ratio)
             if steeper > ratio * (1 + TOLERANCE):

@@ -41,6 +41,8 @@ STUDY = (
     (DEVELOPMENT, "resnet_bn", "relu", 12_800, 1, 2),
     (HELD_OUT, "digits", "relu", 1_437, 20, 3),
     (HELD_OUT, "friedman", "relu", 4_000, 8, 3),
+    (HELD_OUT, "friedman", "gelu", 4_000, 8, 3),
+    (HELD_OUT, "friedman", "tanh", 4_000, 8, 3),
     (HELD_OUT, "mlp12", "relu", 25_600, 1, 3),
     (HELD_OUT, "mlp_wide", "gelu", 25_600, 1, 3),
     (HELD_OUT, "charlm", "gelu", 12_800, 1, 2),

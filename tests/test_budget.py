@@ -399,6 +399,20 @@ def test_a_worse_point_is_stepped_back_from_unless_it_is_only_a_little_worse():
     assert (second_and_third(0.1, 0.096)[1] > 0).tolist() == [True, False]  # noise
 
 
+@pytest.mark.parametrize(("level", "wrong"), [(4.0, 0.45), (0.05, 0.68)])
+def test_a_step_that_takes_the_level_far_beyond_where_it_should_go_is_stepped_back_from_though_it_meets_the_target(
+    level, wrong
+):
+    def second(r):
+        return steps(solve(Told((0.2, level), (0.2, r), (0.2, 0.6)), 2, ANY))
+
+    step = second(wrong)[0]
+    assert second(wrong)[1] == pytest.approx(-3 / 4 * step)  # to a quarter of the way
+    assert len(second(0.6)) == 1  # where slopes say, or nearly
+    assert len(second(0.95 if level > 1 else 0.35)) == 1  # short of it: the rest is for the next step, if any
+    assert len(solve(Told((0.2, level), (0.2, wrong)), 2, ANY, max_probes=2).points) == 2  # it will do if it must
+
+
 def test_the_best_point_is_the_nearest_also_where_a_later_one_was_gone_on_from():
     class Flat(Told):
         def slopes(self):
