@@ -682,7 +682,8 @@ def test_the_readme_says_what_poolings_want():
 def test_the_readmes_count_of_settings_is_the_committed_one():
     import fig10_sensitivity as study
 
-    verdicts = study.verdicts(pd.read_csv(FIGURES / "fig10_sensitivity.csv"))
+    table = pd.read_csv(FIGURES / "fig10_sensitivity.csv")
+    verdicts = study.verdicts(table)
     assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (76, 44, 9)
     behind = verdicts[verdicts.errors > 2].assign(ratio=lambda t: (t.budget / t.rival).map("{:.2f}".format))
     bent = (behind.problem == "friedman") & (behind.activation != "relu")
@@ -694,9 +695,7 @@ def test_the_readmes_count_of_settings_is_the_committed_one():
         ("tanh", "adam", 0.001, "2.38"),
         ("tanh", "adam", 0.003, "1.15"),
     ]
-    found = pd.read_csv(FIGURES / "fig10_sensitivity.csv").query(
-        "problem == 'friedman' and activation == 'tanh' and optimizer == 'adam' and lr == 0.001"
-    )
+    found = table.query("problem == 'friedman' and activation == 'tanh' and optimizer == 'adam' and lr == 0.001")
     means = found.groupby("initializer").last_fifth_loss.mean().map("{:.3f}".format)
     names = ["budget", "orthogonal_gain", "he_normal", "closed_form"]
     assert list(means[names]) == ["0.175", "0.073", "0.148", "0.160"]
