@@ -20,6 +20,8 @@ from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
+SIGN_LIKE_BIASES = 2.0
+"""Factor on biases for steps that do not shrink with the gradient: such a step makes a bias no faster than a weight."""
 DEEP = 15  # layers in a row, above which both ends of the range fall as 1/depth: the steps of many layers multiply
 NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
 LEVEL = 0.3, 1.0
@@ -121,6 +123,7 @@ def calibrate(
     weights: Mapping[str, Any],
     others: Mapping[str, Any],
     streams: Mapping[str, int],
+    beside: Mapping[str, str],
     depth: int,
     seed: int,
     group: Group,
@@ -136,6 +139,7 @@ def calibrate(
         weights: by name, at scale one: arrays of NumPy or the framework.
         others: values of other parameters that stand for the model's own.
         streams: of weights that get one scale together, by name: which stream they write to.
+        beside: of biases among the weights, by name: the weight whose scale they get.
         depth: weight layers in the model's longest chain.
         seed: of the samples taken and of random signs.
         group: processes that share the batch.
@@ -157,27 +161,30 @@ def calibrate(
         with objective.named_errors():
             return optimizer_step(network, target.optimizer, gradient, values)
 
-    places = _places(weights, streams)
+    places = _places(weights, {**streams, **{name: streams.get(weight, weight) for name, weight in beside.items()}})
     probe = NetworkProbe(objective, placed(weights), placed(others), places, step)
     degree = probe.step.degree
+    factors = {name: 1 + (SIGN_LIKE_BIASES - 1) * (1 - degree) if name in beside else 1.0 for name in weights}
+    probe.base = {name: factors[name] * weight for name, weight in probe.base.items()}
     budget = _range(target.budget, degree, depth)
     bounds = MIN_SCALE, target.max_scale
     solution = solve(probe, max(places) + 1, budget, target.level, bounds)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
-    scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}
+    chosen = np.exp(solution.best.theta[places])
+    scales = {name: factors[name] * float(scale) for name, scale in zip(weights, chosen, strict=True)}
     return Calibration(scales, budget, solution, before, after, probe.passes, int(group.sum(samples)), bounds)
 
 
-def _places(weights: Iterable[str], streams: Mapping[str, int]) -> list[int]:
-    """The place of each weight's log scale: one for all of a stream.
+def _places(weights: Iterable[str], together: Mapping[str, int | str]) -> list[int]:
+    """The place of each weight's log scale: one for all of a stream, and for a weight and the bias beside it.
 
     With one each, the trace is raised by shrinking the first writers of the stream, before norms that make up for it,
     until the later ones drown them: a GPT of three blocks on Python's own source, under Adam at 1e-4, ends at a loss of
     2.99 in place of 2.44 (Glorot's weights: 2.89).
     """
     places: dict[Any, int] = {}
-    return [places.setdefault(streams.get(name, name), len(places)) for name in weights]
+    return [places.setdefault(together.get(name, name), len(places)) for name in weights]
 
 
 def _range(budget: float | tuple[float, float] | None, degree: float, depth: int) -> tuple[float, float]:

@@ -18,9 +18,9 @@ from hessinit.batches import ONE_AT_A_TIME, Batches, at_the_end, inputs_and_targ
 from hessinit.calibration import LEVEL, MAX_SCALE, Calibration, Target, calibrate, take
 from hessinit.calibration import check as check_target
 from hessinit.draw import UNPAIRED, Pairs, check_distribution, draw, stream
-from hessinit.layout import Fans
+from hessinit.layout import Fans, Layout
 from hessinit.networks import wrap
-from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Follower, Group, Network, Parameter
+from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Data, Follower, Group, Network, Parameter
 from hessinit.objective import Forward
 from hessinit.report import Report, Row
 
@@ -111,8 +111,10 @@ def init_(
     **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs
     stay at a sensible level; among all ways to do so, by the one that changes the trace of G most
-    (:mod:`hessinit.budget`). Weights that write to one residual stream, as an embedding and the ends of a transformer's
-    blocks do (in one without norms, the ends of branches), share a factor, so that none drowns the others. A ρ between
+    (:mod:`hessinit.budget`). Where a sample is of at most 100 numbers, the first layer has random biases, scaled with
+    its weights (:func:`hessinit.rules.input_bias_std`); all others are zero. Weights that write to one residual stream,
+    as an embedding and the ends of a transformer's blocks do (in one without norms, the ends of branches), share a
+    factor, so that none drowns the others. A ρ between
     c and 2, where a step gains nothing, is left as it is; above, it is lowered by the level first. Δ is computed by a
     private copy of the optimizer, with its weight decay and parameter groups; momentum counts with the step of its
     steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak learning rate. The batch goes through the model
@@ -229,9 +231,10 @@ def init_(
         ends = _matches(parameters, residual_branches, "residual_branches")
         rows: dict[str, Row] = {}
         values: dict[str, Any] = {}
+        beside: dict[str, str] = {}
         with random_states_kept(network.random_state()), _forward_errors(inputs):
             followers = _shared(group, network.followers(inputs))
-        unfit = [name for name, f in followers.items() if not math.isfinite(f.input_moment or 0)]
+        unfit = [name for name, f in followers.items() if f.data is not None and not math.isfinite(f.data.moment)]
         if unfit:
             raise ValueError(f"{function}: batch must be finite; got NaN or infinity in the inputs of {unfit[0]}.")
         if base == CURRENT:
@@ -241,9 +244,13 @@ def init_(
             mirrors = _mirrors(followers, parameters, left, features=mirrored is None) if paired else {}
             assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation)
             named = Counter(p.role for p in parameters if p.name in (ends or ()))[WEIGHT]
+            beside = _beside(followers, parameters, left) if calibrated else {}
             for p in parameters:
                 if p.name in left:
                     rows[p.name] = _row(p, touched=False, note=left[p.name])
+                elif p.name in beside:
+                    pairs = mirrors.get(beside[p.name], UNPAIRED)
+                    values[p.name], rows[p.name] = _bias(p, followers[beside[p.name]], pairs, distribution, seed)
                 elif p.role != WEIGHT:
                     values[p.name], rows[p.name] = _constant(p, forget_bias)
                 else:
@@ -258,8 +265,8 @@ def init_(
             _write_through(network, parameters, rows, values)
         calibration = None
         if calibrated:
-            scalable = [p.name for p in parameters if p.role == WEIGHT and p.proportional and p.name in values]
-            weights = {name: values[name] for name in scalable if np.any(values[name])}
+            scalable = {p.name for p in parameters if p.role == WEIGHT and p.proportional} | beside.keys()
+            weights = {name: value for name, value in values.items() if name in scalable and np.any(value)}
             if not weights:
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
             others = {name: v for name, v in values.items() if name not in weights}
@@ -267,7 +274,7 @@ def init_(
             streams = {name: f.stream for name, f in followers.items() if f.stream is not None and name in weights}
             writers = Counter(streams.values())
             calibration = calibrate(
-                function, inner, data, samples, target, weights, others, streams, depth, seed, group
+                function, inner, data, samples, target, weights, others, streams, beside, depth, seed, group
             )
             for name, scale in calibration.scales.items():
                 values[name] = values[name] * np.asarray(scale, values[name].dtype)
@@ -346,9 +353,10 @@ def _taken(
 
 def _shared(group: Group, followers: Mapping[str, Follower]) -> dict[str, Follower]:
     """With the mean square of the inputs of all processes."""
-    moments = {name: f.input_moment for name, f in followers.items() if f.input_moment is not None}
-    total = group.sum(moments) if moments else {}
-    return {n: replace(f, input_moment=total[n] / group.size) if n in total else f for n, f in followers.items()}
+    data = {name: f.data for name, f in followers.items() if f.data is not None}
+    total = group.sum({name: d.moment for name, d in data.items()}) if data else {}
+    shared = {name: d._replace(moment=total[name] / group.size) for name, d in data.items()}
+    return {name: replace(f, data=shared[name]) if name in shared else f for name, f in followers.items()}
 
 
 def _keep(
@@ -389,6 +397,32 @@ def _mirrors(
             for taker, repeats in follower.takers.items():
                 found[taker] = found.get(taker, UNPAIRED)._replace(repeats=repeats)
     return found
+
+
+def _beside(
+    followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str]
+) -> dict[str, str]:
+    """By name of each bias to be drawn, the weight of its layer: of a chain's first one, of few inputs."""
+    in_layers: dict[str, list[Parameter]] = {}
+    for p in parameters:
+        in_layers.setdefault(p.layer, []).append(p)
+    found = {}
+    for own in in_layers.values():
+        named = {p.role: p.name for p in own if p.name not in left and not p.derived}
+        if len(own) == 2 and named.keys() == {WEIGHT, BIAS}:
+            data = _first_data(followers.get(named[WEIGHT]))
+            if data is not None and rules.input_bias_std(data.numbers):
+                found[named[BIAS]] = named[WEIGHT]
+    return found
+
+
+def _bias(p: Parameter, follower: Follower, pairs: Pairs, distribution: str, seed: int) -> tuple[Any, Row]:
+    """The values of the bias of a first layer."""
+    assert follower.data is not None  # as _beside has seen
+    std = rules.input_bias_std(follower.data.numbers, follower.averaged)
+    wide = np.float64 if p.dtype == "float64" else np.float32
+    values = draw(p.shape, Layout("o"), std, distribution, stream(seed, p.key), wide, Pairs(pairs.outputs))
+    return values, _row(p, touched=True, note="drawn as of one more input", std=std, std_drawn=_rms(values))
 
 
 def _constant(p: Parameter, forget_bias: float | None) -> tuple[Any, Row]:
@@ -503,9 +537,16 @@ def _std(fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:
     """The std asked for, and which rule it comes from."""
     if 0 in fans:
         return 0.0, "empty"
-    if follower.input_moment and (follower.depth or 1) > 1:
-        return rules.input_layer_std(fans.fan_in, follower.input_moment, follower.averaged), "scaled to the inputs"
+    data = _first_data(follower)
+    if data is not None:
+        return rules.input_layer_std(fans.fan_in, data.moment, follower.averaged), "scaled to the inputs"
     return rules.curvature_neutral_std(fans.fan_in, fans.fan_out, gain, follower.averaged), "drawn"
+
+
+def _first_data(follower: Follower | None) -> Data | None:
+    """What the first weight of a chain takes, where that is known and not all zero."""
+    data = follower.data if follower is not None and (follower.depth or 1) > 1 else None
+    return data if data is not None and data.moment > 0 else None
 
 
 def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:
@@ -516,11 +557,12 @@ def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:
 def _scaled(row: Row, calibration: Calibration, name: str, shared: bool) -> Row:
     """A row after the calibration."""
     scale = calibration.scales[name]
+    row = replace(row, scale=scale, std=row.std * scale)
+    if row.role != WEIGHT:
+        return row
     return replace(
         row,
         note=f"{row.note}, of a stream" if shared else row.note,
-        scale=scale,
-        std=row.std * scale,
         curvature_before=calibration.before.curvature[name],
         curvature=calibration.after.curvature[name],
     )

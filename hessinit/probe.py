@@ -179,13 +179,14 @@ class NetworkProbe:
         gains, step = self._first_step(point.theta)
         form, _ = self._along(step)
         rng = self.objective.probe_stream(0)
+        weights = [name for name in self.base if self.objective.parameters[name].layout is not None]
 
         def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
             z, pull = self.derivatives.vjp(chunk.outputs, self._values())
             pulled = pull(self._rooted(chunk, z, rng))
             return z, {
                 "curvature": {name: self.arrays.dot(pulled[name], pulled[name]) for name in self.trained},
-                "units": {n: unit_squares(self.arrays, self.objective.parameters[n], pulled[n]) for n in self.base},
+                "units": {n: unit_squares(self.arrays, self.objective.parameters[n], pulled[n]) for n in weights},
             }
 
         found = self.objective.over_data(work)

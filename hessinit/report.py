@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hessinit.calibration import Calibration
+from hessinit.networks.base import WEIGHT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,8 @@ class Row:
         touched: whether the parameter was written.
         note: how it was set, or why it was left.
         scale: factor of the budget on the draw; NaN without one.
-        curvature_before: trace of the parameter's block of the approximate Hessian at scale one (one random probe).
+        curvature_before: of a scaled weight, the trace of its block of the approximate Hessian at scale one (one random
+            probe).
         curvature: that at the scale chosen.
     """
 
@@ -116,7 +118,7 @@ class Report:
         """
         if self.calibration is None:
             raise ValueError("plot: report must be of a budget; got one of the closed form.")
-        made = _plot(self.calibration, [row for row in self.rows if not math.isnan(row.scale)])
+        made = _plot(self.calibration, [row for row in self.rows if row.role == WEIGHT and not math.isnan(row.scale)])
         if path is not None:
             made.savefig(path)
         return made
@@ -215,11 +217,12 @@ def _number(value: float) -> str:
 
 def _calibrated_cells(row: Row, before: float, after: float) -> list[str]:
     """Scale, curvature, and its share of the whole before and after."""
+    scale = "" if math.isnan(row.scale) else f"{row.scale:.3g}"
     if math.isnan(row.curvature):
-        return ["", "", ""]
+        return [scale, "", ""]
     change = f"{row.curvature_before:.3g} → {row.curvature:.3g}"
     share = f"{row.curvature_before / (before or 1.0):.0%} → {row.curvature / (after or 1.0):.0%}"
-    return [f"{row.scale:.3g}", change, share]
+    return [scale, change, share]
 
 
 def _cells(row: Row) -> list[str]:

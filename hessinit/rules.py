@@ -31,6 +31,8 @@ from hessinit.quadrature import Activation, kinks, moments
 
 INPUT_VARIANCE = 0.5
 """Variance of the first pre-activations where the inputs are known; see :func:`input_layer_std`."""
+FEW_INPUTS = 100
+"""Numbers in a sample up to which biases matter beside it; see :func:`input_bias_std`."""
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 
@@ -285,6 +287,24 @@ def input_layer_std(fan_in: float, second_moment: float, averaged: float = 1) ->
         ``sqrt(K INPUT_VARIANCE / (fan_in · second_moment))``.
     """
     return float(np.sqrt(averaged * INPUT_VARIANCE / (fan_in * second_moment)))
+
+
+def input_bias_std(numbers: int, averaged: float = 1) -> float:
+    """Standard deviation of the biases of the first layer of a chain whose inputs are known.
+
+    A bias is the weight of one more input, which is always one: it gets the size of the others' part in the
+    pre-activations. Without biases an odd activation makes an odd net, ReLU one that is homogeneous, and pairs of
+    opposite units a linear one; what is none of these they have to learn first, and for a few numbers it is much of
+    what there is to learn. Among hundreds of inputs one more is nothing, and biases are zero.
+
+    Args:
+        numbers: in a sample of the inputs, > 0.
+        averaged: as for :func:`curvature_neutral_std`.
+
+    Returns:
+        ``sqrt(K INPUT_VARIANCE / numbers)``; 0 for more than ``FEW_INPUTS`` numbers.
+    """
+    return float(np.sqrt(averaged * INPUT_VARIANCE / numbers)) if numbers <= FEW_INPUTS else 0.0
 
 
 def layer_curvatures(

@@ -82,6 +82,17 @@ def test_regression_is_measured_in_deviations_of_the_targets():
         assert 0.29 < report.calibration.after.level < 1.1
 
 
+def test_a_first_layer_of_few_inputs_has_biases_and_no_other():
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+    net = keras.Sequential([keras.Input((6,)), *(layers.Dense(n, "tanh") for n in (16, 16)), layers.Dense(1)])
+    _, report = hessinit.init_(net, (x, x[:, :1] ** 2), "mse", lr=0.003, seed=0, return_report=True)
+    first, *others = (np.asarray(keras.ops.convert_to_numpy(layer.bias)) for layer in net.layers)
+    row, weight = (report[v.path] for v in (net.layers[0].bias, net.layers[0].kernel))
+    assert row.scale == weight.scale != 1
+    assert np.sqrt(np.mean(first**2)) == pytest.approx(row.scale * (0.5 / 6) ** 0.5, rel=1e-4)
+    assert not any(bias.any() for bias in others)
+
+
 def test_the_callback_sets_a_model_that_fit_builds_and_only_before_its_first_step():
     x, y = classes()
     model = keras.Sequential([layers.Dense(16, "tanh"), layers.Dense(4)])

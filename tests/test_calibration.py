@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hessinit
-from hessinit import curvature
+from hessinit import curvature, rules
 from hessinit.calibration import MIN_SCALE
 
 
@@ -73,6 +73,99 @@ def test_a_schedule_counts_with_its_peak():
     plain = hessinit.init_(mlp(), data(), "cross_entropy", lr=0.1, seed=0)
     for a, b in zip(state(warm), state(plain), strict=True):
         assert torch.allclose(a, b, rtol=1e-4)
+
+
+def few(optimizer=None, inputs=20, **options):
+    """A net of three layers with a budget for SGD at 0.1, or an optimizer, and its report."""
+    model = mlp(nn.Tanh, inputs)
+    x = torch.randn(96, inputs, generator=torch.Generator().manual_seed(0))
+    step = {"lr": 0.1} if optimizer is None else {"optimizer": optimizer(model.parameters())}
+    return hessinit.init_(
+        model, (x, torch.arange(96) % 5), "cross_entropy", seed=0, return_report=True, **step, **options
+    )
+
+
+def biases(model):
+    return [model[k].bias.detach() for k in (0, 2, 4)]
+
+
+@pytest.mark.parametrize(("optimizer", "factor"), [(None, 1), (torch.optim.AdamW, 2)])
+def test_a_first_layer_of_few_inputs_has_biases_that_share_its_scale(optimizer, factor):
+    model, report = few(optimizer)
+    first, *others = biases(model)
+    assert not any(bias.any() for bias in others)
+    weight, bias = report["0.weight"], report["0.bias"]
+    assert bias.std_drawn == pytest.approx((rules.INPUT_VARIANCE / 20) ** 0.5)
+    assert bias.scale == pytest.approx(factor * weight.scale, rel=1e-4)
+    assert weight.scale != 1
+    assert first.square().mean().sqrt().item() == pytest.approx(bias.std, rel=1e-4)
+    assert abs(first.mean().item()) < bias.std / 2
+    assert report.calibration.after.sharpness == pytest.approx(report.calibration.solution.best.sharpness)
+    assert all(torch.equal(a, b) for a, b in zip(biases(few(optimizer)[0]), biases(model), strict=True))
+    units = report.calibration.after.units
+    assert set(units) == {"0.weight", "2.weight", "4.weight"}
+
+
+def test_the_step_sharpness_is_that_of_the_net_with_its_biases():
+    model, report = few()
+    x = torch.randn(96, 20, generator=torch.Generator().manual_seed(0))
+    found = curvature.step_sharpness(model, (x, torch.arange(96) % 5), "cross_entropy", 0.1)
+    assert found == pytest.approx(report.calibration.after.sharpness, rel=1e-3)
+
+
+def test_biases_of_pairs_are_opposite():
+    model, _ = few(mirrored=True)  # of tanh there are none
+    assert not torch.allclose(model[0].bias[:16], -model[0].bias[16:])
+    net = mlp()
+    hessinit.init_(net, data(), "cross_entropy", lr=0.1, seed=0)
+    assert torch.equal(net[0].bias[:16], -net[0].bias[16:])
+    assert torch.equal(net[0].weight[:16], -net[0].weight[16:])
+
+
+def test_all_biases_are_zero_where_inputs_are_many_or_not_known_to_a_chain():
+    assert not any(bias.any() for bias in biases(few(inputs=rules.FEW_INPUTS + 1)[0]))
+    assert few(inputs=rules.FEW_INPUTS)[0][0].bias.any()
+    x, y = data()
+    for net in (
+        nn.Sequential(nn.Linear(20, 5)),
+        nn.Sequential(nn.Linear(20, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)),
+    ):
+        hessinit.init_(net, (x, y), "cross_entropy", lr=0.1, seed=0)
+        assert not net[0].bias.any()
+    images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 100, 5))
+    hessinit.init_(images, (torch.randn(32, 1, 12, 12), torch.arange(32) % 5), "cross_entropy", lr=0.1, seed=0)
+    assert not images[0].bias.any()  # 9 numbers a unit, 144 a sample
+    closed = hessinit.init_(mlp(), x, seed=0)
+    assert not any(bias.any() for bias in biases(closed))
+
+
+def test_a_bias_that_is_left_stays():
+    model = mlp()
+    kept = model[0].bias.detach().clone()
+    _, report = hessinit.init_(model, data(), "cross_entropy", lr=0.1, exclude="0.bias", seed=0, return_report=True)
+    assert torch.equal(model[0].bias, kept)
+    assert math.isnan(report["0.bias"].scale)
+
+
+def test_with_biases_a_tanh_net_learns_an_even_function():
+    """Without, it is an odd one, and Adam's small steps take long to change that."""
+    x = torch.randn(512, 2, generator=torch.Generator().manual_seed(0))
+    y = (x.square().sum(1, keepdim=True) - 2) / 2
+    final = {True: 0.0, False: 0.0}
+    for seed in range(3):
+        for biased in final:
+            net = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+            nn.init.zeros_(net[0].bias)
+            optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+            exclude = None if biased else "0.bias"
+            hessinit.init_(net, (x, y), "mse", optimizer=optimizer, seed=seed, exclude=exclude)
+            for _ in range(300):
+                optimizer.zero_grad()
+                loss = (net(x) - y).square().mean()
+                loss.backward()
+                optimizer.step()
+            final[biased] += loss.item()
+    assert final[True] < 0.7 * final[False]
 
 
 @pytest.mark.parametrize("places", [[0, 1, 2], [0, 1, 0]])

@@ -151,11 +151,11 @@ def test_what_a_branch_takes_is_no_feature_and_what_any_output_layer_takes_is():
 
 def test_they_train_plain_nets_of_thirty_relu_layers():
     """Where weights without pairs have hardly left chance."""
-    x = torch.randn(512, 20, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(512, 120, generator=torch.Generator().manual_seed(1))
     y = (x[:, :2] > 0).long() @ torch.tensor([1, 2])
     final = []
     for pairs in (None, False):
-        hidden = (m for k in range(29) for m in (nn.Linear(64 if k else 20, 64), nn.ReLU()))
+        hidden = (m for k in range(29) for m in (nn.Linear(64 if k else 120, 64), nn.ReLU()))
         net = nn.Sequential(*hidden, nn.Linear(64, 4))
         hessinit.init_(net, (x, y), "cross_entropy", lr=0.03, seed=0, mirrored=pairs)
         optimizer = torch.optim.SGD(net.parameters(), 0.03)

@@ -139,6 +139,14 @@ def test_std_is_hes_where_fans_are_equal_and_symmetric_in_them():
     assert rules.curvature_neutral_std(50, 200, 1.0) == rules.curvature_neutral_std(200, 50, 1.0) == 0.1
 
 
+def test_a_bias_weighs_as_much_as_one_of_few_inputs():
+    n, moment = 50, 3.0
+    weight = rules.input_layer_std(n, moment)
+    assert rules.input_bias_std(n) == pytest.approx(weight * moment**0.5)
+    assert rules.input_bias_std(n, 4) == pytest.approx(2 * rules.input_bias_std(n))
+    assert rules.input_bias_std(rules.FEW_INPUTS) > 0 == rules.input_bias_std(rules.FEW_INPUTS + 1)
+
+
 def test_input_layer_std_gives_the_stated_variance():
     x = np.random.default_rng(0).normal(3.0, 2.0, (500, 400))
     std = rules.input_layer_std(400, float(np.mean(x**2)))

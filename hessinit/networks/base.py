@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,18 @@ class Parameter:
     proportional: bool = True
 
 
+class Data(NamedTuple):
+    """What a weight takes, where that is the model's input.
+
+    Args:
+        moment: mean square of its numbers.
+        numbers: in one sample.
+    """
+
+    moment: float
+    numbers: int
+
+
 @dataclass(frozen=True)
 class Follower:
     """What follows a weight in the forward pass.
@@ -92,7 +104,7 @@ class Follower:
         name: of the activation, for the report.
         function: the activation as a vectorised NumPy function, or its known name.
         depth: number of weight layers in the plain chain that the weight is part of (norm layers end a chain).
-        input_moment: mean square of the data, where it meets its first weight here and inputs were given; else None.
+        data: where it meets its first weight here and inputs were given; else None.
         takers: by name, the weights that take the activation's outputs, with how often the row of units comes on their
             axis of inputs. Empty where something else takes them too, or where pairs of units ``u, -u`` are not linear
             after the activation.
@@ -107,7 +119,7 @@ class Follower:
     name: str
     function: str | Callable[[Any], Any]
     depth: int | None = None
-    input_moment: float | None = None
+    data: Data | None = None
     takers: Mapping[str, int] = field(default_factory=dict)
     averaged: int = 1
     last: bool = False

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hessinit import rules
-from hessinit.networks.base import Follower
+from hessinit.networks.base import Data, Follower
 
 LINEAR, GATED = Follower("linear", "linear"), Follower("gates", "linear")
 """What follows a weight whose layer tells by itself; gates and projections pass signals on almost linearly."""
@@ -102,7 +102,7 @@ class WeightGraph:
         self.whole = whole
         self._names: list[list[str]] = []  # of each layer, in the order of the pass
         self._before: list[frozenset[int]] = []  # the layers that each layer's input came through
-        self._moments: list[float | None] = []
+        self._data: list[Data | None] = []
         self._activations: dict[str, tuple[str, Callable[[Any], Any] | str]] = {}
         self._outputs: frozenset[str] = frozenset()
         self._last: frozenset[int] = frozenset()  # the layers nearest to the outputs
@@ -155,16 +155,16 @@ class WeightGraph:
         self,
         state: State,
         names: Sequence[str],
-        input_moment: float | None = None,
+        data: Data | None = None,
         units: tuple[int, int, int] | None = None,
         writers: Sequence[str] | None = None,
     ) -> State:
-        """The tensor, data of this mean square if it is the model's input, meets the weights of one layer.
+        """The tensor meets the weights of one layer.
 
         Args:
             state: of the tensor.
             names: of the weights.
-            input_moment: mean square of the data.
+            data: what it is, if the model's input.
             units: of a single weight that takes all of an axis to all of another: how many it takes and gives, and
                 the axis of the outputs; else None.
             writers: those that the outputs are proportional to; None for all.
@@ -178,7 +178,7 @@ class WeightGraph:
         self._names.append(list(names))
         self._writers.update(names if writers is None else writers)
         self._before.append(state.layers)
-        self._moments.append(input_moment)
+        self._data.append(data)
         given = Units(layer, units[1], units[2]) if units is not None and units[1] % 2 == 0 else None
         return State(frozenset(names), frozenset([layer]), units=given, past=state.past | {layer})
 
@@ -256,9 +256,9 @@ class WeightGraph:
                 if activation is not None and name not in found:
                     depth = behind[layer] + ahead[layer] - 1
                     positions = 1 if layer in self._joined else self._averaged.get(layer, 1)
-                    moment, takers, last = self._moments[layer], self._pairs(layer), layer in self._last
+                    data, takers, last = self._data[layer], self._pairs(layer), layer in self._last
                     stream = written.get(name, (None, 1))
-                    found[name] = Follower(*activation, depth, moment, takers, positions, last, *stream)
+                    found[name] = Follower(*activation, depth, data, takers, positions, last, *stream)
         return found
 
     def _written(self) -> Mapping[str, tuple[int, int]]:

@@ -18,7 +18,7 @@ from hessinit.batches import at_the_end
 from hessinit.layout import KERAS, Layout
 from hessinit.losses import Loss
 from hessinit.networks import base, keras_loss
-from hessinit.networks.base import Follower, Named, Parameter
+from hessinit.networks.base import Data, Follower, Named, Parameter
 from hessinit.networks.graph import GATED, LINEAR, State, WeightGraph, is_activation, numpy_or
 from hessinit.networks.keras_autodiff import of_backend
 from hessinit.rules import ACTIVATIONS
@@ -374,15 +374,15 @@ def _follow(graph: WeightGraph, inputs: list[Any], outputs: list[Any], start: li
             stack += missing
             continue
         given = [states[id(t)] for t in node.input_tensors]
-        moment = partial(_input_moment, inputs, node.input_tensors, given, data)
-        results = _step(graph, operation, node.input_tensors, given, moment)
+        met = partial(_data, inputs, node.input_tensors, given, data)
+        results = _step(graph, operation, node.input_tensors, given, met)
         for k, output in enumerate(node.output_tensors):
             states[id(output)] = results[k] if len(results) > 1 else results[0]
     return [states[id(tensor)] for tensor in outputs]
 
 
 def _step(
-    graph: WeightGraph, operation: Any, tensors: list[Any], given: list[State], moment: Callable[[], float | None]
+    graph: WeightGraph, operation: Any, tensors: list[Any], given: list[State], data: Callable[[], Data | None]
 ) -> list[State]:
     """One operation or layer: the states of its outputs, one for all of them where they are alike."""
     state = graph.join(given)
@@ -399,7 +399,7 @@ def _step(
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]
     if isinstance(operation, _GATED):
         writers = [operation._output_dense.kernel.path] if isinstance(operation, _ATTENTION) else []
-        return [graph.gated(graph.weights(state, weights, moment(), None, writers))]
+        return [graph.gated(graph.weights(state, weights, data(), None, writers))]
     if isinstance(operation, _NORM):
         return [graph.norm(state)]
     if isinstance(operation, _AVERAGING) and not _takes_all(operation, tensors[0]):
@@ -407,7 +407,7 @@ def _step(
     if operation._layers:  # something composed by a user
         return [graph.unknown(state)]
     if weights:
-        state = graph.weights(state, weights, moment(), _units(operation))
+        state = graph.weights(state, weights, data(), _units(operation))
         tensors = [None]  # between a layer's kernel and its own activation there is no symbolic tensor
     return [_activate(graph, state, operation, tensors)]
 
@@ -467,8 +467,8 @@ def _activate(graph: WeightGraph, state: State, operation: Any, tensors: list[An
     return graph.activation(state, name, numpy_function, tensors[0])
 
 
-def _input_moment(inputs: list[Any], tensors: list[Any], given: list[State], data: Any) -> float | None:
-    """E x² of what the data has become where no weight has met it yet; None without data or for indices."""
+def _data(inputs: list[Any], tensors: list[Any], given: list[State], data: Any) -> Data | None:
+    """What the data has become where no weight has met it yet; None without data or for indices."""
     if data is None or any(s.pending or s.layers for s in given) or not keras.backend.is_float_dtype(tensors[0].dtype):
         return None
     function, arrays = keras.Function(inputs, tensors[0]), keras.tree.flatten(data)
@@ -479,4 +479,4 @@ def _input_moment(inputs: list[Any], tensors: list[Any], given: list[State], dat
         starts = range(0, samples, size)[:PARTS]
         parts = [[keras.ops.take(x, np.arange(i, i + size) % samples, axis=0) for x in arrays] for i in starts]
     values = np.concatenate([keras.ops.convert_to_numpy(function(part)) for part in parts])[:samples]
-    return float(np.mean(np.square(values, dtype=np.float64)))
+    return Data(float(np.mean(np.square(values, dtype=np.float64))), values.size // max(len(values), 1))

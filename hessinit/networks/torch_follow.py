@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hessinit.batches import ONE_AT_A_TIME, at_the_end, fixed_draws, random_states_kept
-from hessinit.networks.base import Follower
+from hessinit.networks.base import Data, Follower
 from hessinit.networks.graph import GATED, LINEAR, State, Units, WeightGraph, is_activation
 from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, modes_kept, seeded
 from hessinit.networks.torch_derived import Derived
@@ -176,10 +176,10 @@ class _Tracer(TorchFunctionMode):
         if not made or name.endswith("_like") or name.startswith("new_"):
             return result  # a shape, a mask, noise: nothing of the signal
         if weights:
-            moment = None if states else self._input_moment(given)
+            data = None if states else self._data(given)
             ends = [n for n in weights if "out_proj" in n] if name in _ATTENTION_FUNCTIONS else []
             writers = ends if name in _GATED_FUNCTIONS else None
-            state = self.graph.weights(self.graph.join(states), weights, moment, _units(name, given), writers)
+            state = self.graph.weights(self.graph.join(states), weights, data, _units(name, given), writers)
             if name in _GATED_FUNCTIONS:
                 state = self.graph.gated(state)
         elif self.inside or not states:
@@ -219,12 +219,13 @@ class _Tracer(TorchFunctionMode):
     def has_computed(self, name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         self.computed[output] = name
 
-    def _input_moment(self, given: list[torch.Tensor]) -> float | None:
-        """E x² of the data that meets its first weight here; None for indices and the like."""
-        data = [t for t in given if not self._name(t) and t.is_floating_point() and t.ndim > 0]
-        if not data:
+    def _data(self, given: list[torch.Tensor]) -> Data | None:
+        """What meets its first weight here; None for indices and the like."""
+        x = next((t for t in given if not self._name(t) and t.is_floating_point() and t.ndim > 0), None)
+        if x is None:
             return None
-        return float(torch.linalg.vector_norm(data[0].detach(), dtype=torch.float64)) ** 2 / max(data[0].numel(), 1)
+        norm = float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
+        return Data(norm**2 / max(x.numel(), 1), x.numel() // max(len(x), 1))
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self.inside += 1
