@@ -68,6 +68,7 @@ class Calibration:
         passes: gradient passes over the batch that it took, in their cost.
         samples: in the batch.
         bounds: smallest and largest scale allowed.
+        of_biases: factor on the biases among the weights, besides their scale.
     """
 
     scales: Mapping[str, float]
@@ -78,6 +79,7 @@ class Calibration:
     passes: float
     samples: int
     bounds: tuple[float, float]
+    of_biases: float
 
 
 def check(function: str, target: Target) -> None:
@@ -164,16 +166,16 @@ def calibrate(
     places = _places(weights, {**streams, **{name: streams.get(weight, weight) for name, weight in beside.items()}})
     probe = NetworkProbe(objective, placed(weights), placed(others), places, step)
     degree = probe.step.degree
-    factors = {name: 1 + (SIGN_LIKE_BIASES - 1) * (1 - degree) if name in beside else 1.0 for name in weights}
-    probe.base = {name: factors[name] * weight for name, weight in probe.base.items()}
+    of_biases = degree + SIGN_LIKE_BIASES * (1 - degree)
+    probe.base |= {name: of_biases * probe.base[name] for name in beside}
     budget = _range(target.budget, degree, depth)
     bounds = MIN_SCALE, target.max_scale
     solution = solve(probe, max(places) + 1, budget, target.level, bounds)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
-    chosen = np.exp(solution.best.theta[places])
-    scales = {name: factors[name] * float(scale) for name, scale in zip(weights, chosen, strict=True)}
-    return Calibration(scales, budget, solution, before, after, probe.passes, int(group.sum(samples)), bounds)
+    scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}
+    count = int(group.sum(samples))
+    return Calibration(scales, budget, solution, before, after, probe.passes, count, bounds, of_biases)
 
 
 def _places(weights: Iterable[str], together: Mapping[str, int | str]) -> list[int]:

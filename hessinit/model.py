@@ -276,6 +276,10 @@ def init_(
             calibration = calibrate(
                 function, inner, data, samples, target, weights, others, streams, beside, depth, seed, group
             )
+            for name in beside:
+                values[name] = values[name] * np.asarray(calibration.of_biases, values[name].dtype)
+                std, drawn = rows[name].std * calibration.of_biases, rows[name].std_drawn * calibration.of_biases
+                rows[name] = replace(rows[name], std=std, std_drawn=drawn)
             for name, scale in calibration.scales.items():
                 values[name] = values[name] * np.asarray(scale, values[name].dtype)
                 rows[name] = _scaled(rows[name], calibration, name, writers[streams.get(name, -1)] > 1)

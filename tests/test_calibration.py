@@ -95,8 +95,8 @@ def test_a_first_layer_of_few_inputs_has_biases_that_share_its_scale(optimizer, 
     first, *others = biases(model)
     assert not any(bias.any() for bias in others)
     weight, bias = report["0.weight"], report["0.bias"]
-    assert bias.std_drawn == pytest.approx((rules.INPUT_VARIANCE / 20) ** 0.5)
-    assert bias.scale == pytest.approx(factor * weight.scale, rel=1e-4)
+    assert bias.std_drawn == pytest.approx(factor * (rules.INPUT_VARIANCE / 20) ** 0.5, rel=1e-4)
+    assert bias.scale == weight.scale
     assert weight.scale != 1
     assert first.square().mean().sqrt().item() == pytest.approx(bias.std, rel=1e-4)
     assert abs(first.mean().item()) < bias.std / 2

@@ -21,7 +21,7 @@ FEWER = {
         "LRS = (0.003, 0.01, 0.03, 0.1, 0.3)": "LRS = (0.003, 0.01, 0.03)",
         "adam_lrs = (1e-4, 3e-4, 1e-3, 3e-3)": "adam_lrs = (1e-4, 1e-3)",
     },
-    "04_fashion_mnist": {"range(3), 20": "range(2), 8", "kappa.FIRST_SEED + 10": "kappa.FIRST_SEED + 3"},
+    "04_fashion_mnist": {"range(3), 20": "range(3), 8", "kappa.FIRST_SEED + 10": "kappa.FIRST_SEED + 3"},
     "05_learning_rates": {
         "range(3), 600": "range(2), 600",
         "WITHIN = 0.95": "WITHIN = 0.5",
