@@ -114,11 +114,11 @@ def init_(
     (:mod:`hessinit.budget`). Where a sample is of at most 100 numbers, the first layer has random biases, scaled with
     its weights (:func:`hessinit.rules.input_bias_std`); all others are zero. Weights that write to one residual stream,
     as an embedding and the ends of a transformer's blocks do (in one without norms, the ends of branches), share a
-    factor, so that none drowns the others. A ρ between
-    c and 2, where a step gains nothing, is left as it is; above, it is lowered by the level first. Δ is computed by a
-    private copy of the optimizer, with its weight decay and parameter groups; momentum counts with the step of its
-    steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak learning rate. The batch goes through the model
-    in training mode, without dropout. It takes at most 60 gradient passes over the batch, mostly 20 to 40.
+    factor, so that none drowns the others. A ρ between c and 2, where a step gains nothing, is left as it is; above, it
+    is lowered by the level first. Δ is computed by a private copy of the optimizer, with its weight decay and parameter
+    groups; momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak
+    learning rate. The batch goes through the model in training mode, without dropout. It takes at most 60 gradient
+    passes over the batch, mostly 20 to 40.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
     error, or an interruption, leaves every parameter as it was. Frozen parameters, and those that Hugging Face's
@@ -424,8 +424,7 @@ def _bias(p: Parameter, follower: Follower, pairs: Pairs, distribution: str, see
     """The values of the bias of a first layer."""
     assert follower.data is not None  # as _beside has seen
     std = rules.input_bias_std(follower.data.numbers, follower.averaged)
-    wide = np.float64 if p.dtype == "float64" else np.float32
-    values = draw(p.shape, Layout("o"), std, distribution, stream(seed, p.key), wide, Pairs(pairs.outputs))
+    values = draw(p.shape, Layout("o"), std, distribution, stream(seed, p.key), _wide(p), Pairs(pairs.outputs))
     return values, _row(p, touched=True, note="drawn as of one more input", std=std, std_drawn=_rms(values))
 
 
@@ -482,8 +481,7 @@ def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any,
         note += ", mirrored"
     if role.branches > 1:
         std, note = std / math.sqrt(role.branches), f"{note}, one of {role.branches} branches"
-    wide = np.float64 if p.dtype == "float64" else np.float32
-    values = draw(shape, p.layout, std, distribution, stream(seed, p.key), wide, pairs)
+    values = draw(shape, p.layout, std, distribution, stream(seed, p.key), _wide(p), pairs)
     std_drawn = _rms(values)
     if p.zero_row is not None:
         values[p.zero_row] = 0
@@ -514,6 +512,11 @@ def _write_through(
             parts = network.originals(p.name, values[p.name])
             values |= parts
             rows |= {n: replace(rows[n], touched=True, note=f"set with {p.name}") for n in parts if n != p.name}
+
+
+def _wide(p: Parameter) -> type[np.floating[Any]]:
+    """The type to draw in, whatever narrower one the values are stored in."""
+    return np.float64 if p.dtype == "float64" else np.float32
 
 
 def _rms(values: Any) -> float:

@@ -304,7 +304,7 @@ def input_bias_std(numbers: int, averaged: float = 1) -> float:
     Returns:
         ``sqrt(K INPUT_VARIANCE / numbers)``; 0 for more than ``FEW_INPUTS`` numbers.
     """
-    return float(np.sqrt(averaged * INPUT_VARIANCE / numbers)) if numbers <= FEW_INPUTS else 0.0
+    return input_layer_std(numbers, 1.0, averaged) if numbers <= FEW_INPUTS else 0.0
 
 
 def layer_curvatures(
