@@ -9,18 +9,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 
 from hessinit import rules
+from hessinit.bases import Base, closed_form, current
 from hessinit.batches import ONE_AT_A_TIME, Batches, at_the_end, inputs_and_targets, out_of_memory, random_states_kept
 from hessinit.calibration import LEVEL, MAX_SCALE, Calibration, Target, calibrate, take
 from hessinit.calibration import check as check_target
-from hessinit.draw import UNPAIRED, Pairs, check_distribution, draw, stream
-from hessinit.layout import Fans, Layout
+from hessinit.draw import check_distribution
 from hessinit.networks import wrap
-from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Data, Follower, Group, Network, Parameter
+from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Follower, Group, Network, Parameter
 from hessinit.objective import Forward
 from hessinit.report import Report, Row
 
@@ -229,60 +229,41 @@ def init_(
         parameters = network.parameters()
         left = _left_alone(parameters, include, exclude)
         ends = _matches(parameters, residual_branches, "residual_branches")
-        rows: dict[str, Row] = {}
-        values: dict[str, Any] = {}
-        beside: dict[str, str] = {}
         with random_states_kept(network.random_state()), _forward_errors(inputs):
             followers = _shared(group, network.followers(inputs))
         unfit = [name for name, f in followers.items() if f.data is not None and not math.isfinite(f.data.moment)]
         if unfit:
             raise ValueError(f"{function}: batch must be finite; got NaN or infinity in the inputs of {unfit[0]}.")
         if base == CURRENT:
-            _keep(network, parameters, left, rows, values)
+            start = current(network, parameters, left)
         else:
-            paired = calibrated if mirrored is None else mirrored
-            mirrors = _mirrors(followers, parameters, left, features=mirrored is None) if paired else {}
-            assumed = Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation)
-            named = Counter(p.role for p in parameters if p.name in (ends or ()))[WEIGHT]
-            beside = _beside(followers, parameters, left) if calibrated else {}
-            for p in parameters:
-                if p.name in left:
-                    rows[p.name] = _row(p, touched=False, note=left[p.name])
-                elif p.name in beside:
-                    pairs = mirrors.get(beside[p.name], UNPAIRED)
-                    values[p.name], rows[p.name] = _bias(p, followers[beside[p.name]], pairs, distribution, seed)
-                elif p.role != WEIGHT:
-                    values[p.name], rows[p.name] = _constant(p, forget_bias)
-                else:
-                    follower = followers.get(p.name, assumed)
-                    role = Role(
-                        follower,
-                        mirrors.get(p.name, UNPAIRED),
-                        follower.branches if ends is None else named if p.name in ends else 1,
-                        [q for q in parameters if q.tied_to == p.name and q.role == WEIGHT],
-                    )
-                    values[p.name], rows[p.name] = _drawn(p, role, distribution, seed)
-            _write_through(network, parameters, rows, values)
-        calibration = None
+            start = closed_form(
+                network,
+                parameters,
+                left,
+                followers,
+                ends,
+                assumed=Follower(f"{getattr(nonlinearity, '__name__', nonlinearity)} (assumed)", activation),
+                paired=calibrated if mirrored is None else mirrored,
+                features=mirrored is None,
+                biased=calibrated,
+                forget_bias=forget_bias,
+                distribution=distribution,
+                seed=seed,
+            )
+        values, rows, calibration = start.values, start.rows, None
         if calibrated:
-            scalable = {p.name for p in parameters if p.role == WEIGHT and p.proportional} | beside.keys()
+            scalable = {p.name for p in parameters if p.role == WEIGHT and p.proportional} | start.beside.keys()
             weights = {name: value for name, value in values.items() if name in scalable and np.any(value)}
             if not weights:
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
             others = {name: v for name, v in values.items() if name not in weights}
             depth = max((f.depth or 1 for f in followers.values()), default=1)
             streams = {name: f.stream for name, f in followers.items() if f.stream is not None and name in weights}
-            writers = Counter(streams.values())
             calibration = calibrate(
-                function, inner, data, samples, target, weights, others, streams, beside, depth, seed, group
+                function, inner, data, samples, target, weights, others, streams, start.beside, depth, seed, group
             )
-            for name in beside:
-                values[name] = values[name] * np.asarray(calibration.of_biases, values[name].dtype)
-                std, drawn = rows[name].std * calibration.of_biases, rows[name].std_drawn * calibration.of_biases
-                rows[name] = replace(rows[name], std=std, std_drawn=drawn)
-            for name, scale in calibration.scales.items():
-                values[name] = values[name] * np.asarray(scale, values[name].dtype)
-                rows[name] = _scaled(rows[name], calibration, name, writers[streams.get(name, -1)] > 1)
+            values, rows = _scaled(start, calibration, streams)
             if base == CURRENT:
                 values = {name: values[name] for name in weights}
     law = distribution if base == CLOSED_FORM else None
@@ -363,166 +344,6 @@ def _shared(group: Group, followers: Mapping[str, Follower]) -> dict[str, Follow
     return {name: replace(f, data=shared[name]) if name in shared else f for name, f in followers.items()}
 
 
-def _keep(
-    network: Network,
-    parameters: Sequence[Parameter],
-    left: Mapping[str, str],
-    rows: dict[str, Row],
-    values: dict[str, Any],
-) -> None:
-    """The present weights as the base; every other parameter stays."""
-    for p in parameters:
-        if p.name in left or p.role != WEIGHT or p.derived:
-            note = f"left: parametrized by {p.derived}" if p.derived else "left: not a weight"
-            rows[p.name] = _row(p, touched=False, note=left.get(p.name, note))
-            continue
-        values[p.name] = np.array(network.arrays.numpy(network.values([p.name])[p.name]))
-        assert p.layout is not None  # of every weight
-        fans = p.layout.fans(p.shape)
-        std = _rms(values[p.name])
-        note = "rescaled" if std > 0 else "left: zero"
-        numbers = {"fan_in": fans.fan_in, "fan_out": fans.fan_out, "std": std, "std_drawn": std}
-        rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
-
-
-def _mirrors(
-    followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str], features: bool
-) -> dict[str, Pairs]:
-    """The weights whose outputs, and those whose inputs, come in pairs: where both sides are ours to draw.
-
-    With ``features``, what the output layer takes does not: in pairs there would be half as many features.
-    """
-    drawn = {p.name for p in parameters if p.role == WEIGHT and p.name not in left}
-    ends = {name for name, follower in followers.items() if follower.last and features}
-    found: dict[str, Pairs] = {}
-    for name, follower in followers.items():
-        if follower.takers and name in drawn and drawn.issuperset(follower.takers) and ends.isdisjoint(follower.takers):
-            found[name] = found.get(name, UNPAIRED)._replace(outputs=True)
-            for taker, repeats in follower.takers.items():
-                found[taker] = found.get(taker, UNPAIRED)._replace(repeats=repeats)
-    return found
-
-
-def _beside(
-    followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str]
-) -> dict[str, str]:
-    """By name of each bias to be drawn, the weight of its layer: of a chain's first one, of few inputs."""
-    in_layers: dict[str, list[Parameter]] = {}
-    for p in parameters:
-        in_layers.setdefault(p.layer, []).append(p)
-    found = {}
-    for own in in_layers.values():
-        named = {p.role: p.name for p in own if p.name not in left and not p.derived}
-        if len(own) == 2 and named.keys() == {WEIGHT, BIAS}:
-            data = _first_data(followers.get(named[WEIGHT]))
-            if data is not None and rules.input_bias_std(data.numbers):
-                found[named[BIAS]] = named[WEIGHT]
-    return found
-
-
-def _bias(p: Parameter, follower: Follower, pairs: Pairs, distribution: str, seed: int) -> tuple[Any, Row]:
-    """The values of the bias of a first layer."""
-    assert follower.data is not None  # as _beside has seen
-    std = rules.input_bias_std(follower.data.numbers, follower.averaged)
-    values = draw(p.shape, Layout("o"), std, distribution, stream(seed, p.key), _wide(p), Pairs(pairs.outputs))
-    return values, _row(p, touched=True, note="drawn as of one more input", std=std, std_drawn=_rms(values))
-
-
-def _constant(p: Parameter, forget_bias: float | None) -> tuple[Any, Row]:
-    """The value of a bias or of a norm's parameter."""
-    value = 1.0 if p.role == NORM_SCALE else 0.0
-    values, note = np.full(p.shape, value, np.float32), f"set to {value:g}"
-    if p.forget is not None:
-        start, stop, own = p.forget
-        forget = own if forget_bias is None else float(forget_bias)
-        values[start:stop] = forget
-        note += f", forget gate {forget:g}" if forget else ""
-    return values, _row(p, touched=True, note=note)
-
-
-class Role(NamedTuple):
-    """What a weight is for.
-
-    Args:
-        follower: what comes after it.
-        pairs: which of its units come in pairs.
-        branches: the number of residual branches, of which it ends one.
-        tied: parameters that are this same tensor elsewhere.
-    """
-
-    follower: Follower
-    pairs: Pairs
-    branches: int
-    tied: Sequence[Parameter]
-
-
-def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any, Row]:
-    """The closed form's values of one weight."""
-    assert p.layout is not None  # of every weight that is chosen, see _left_alone
-    follower, pairs = role.follower, role.pairs
-    shape = p.weight_shape or p.shape
-    fans = p.layout.fans(shape)
-    gain = rules.pair_gain(follower.function) if pairs != UNPAIRED else None
-    try:
-        gain = rules.gain(follower.function, depth=follower.depth) if gain is None else gain
-    except ValueError as error:
-        raise ValueError(f"init_: {p.layer} is followed by {follower.name}, which has no gain. {error}") from error
-    std, note = _std(fans, gain, follower)
-    for (
-        other
-    ) in role.tied:  # the smaller scale is right for both: an embedding's would make an output layer's loss huge
-        assert other.layout is not None  # of every weight
-        theirs = other.layout.fans(other.shape)
-        if rules.curvature_neutral_std(*theirs, gain) < std:
-            fans, std, note = theirs, rules.curvature_neutral_std(*theirs, gain), f"drawn for {other.name}"
-    if follower.averaged > 1:
-        note += f", for a mean of {follower.averaged}"
-    if pairs != UNPAIRED:
-        note += ", mirrored"
-    if role.branches > 1:
-        std, note = std / math.sqrt(role.branches), f"{note}, one of {role.branches} branches"
-    values = draw(shape, p.layout, std, distribution, stream(seed, p.key), _wide(p), pairs)
-    std_drawn = _rms(values)
-    if p.zero_row is not None:
-        values[p.zero_row] = 0
-        note += f", row {p.zero_row} (padding) zero"
-    if p.derived:
-        note += f" through {p.derived}"
-    row = _row(
-        p,
-        touched=True,
-        note=note,
-        fan_in=fans.fan_in,
-        fan_out=fans.fan_out,
-        activation=follower.name,
-        depth=follower.depth,
-        gain=gain,
-        std=std,
-        std_drawn=std_drawn,
-    )
-    return values, row
-
-
-def _write_through(
-    network: Network, parameters: Sequence[Parameter], rows: dict[str, Row], values: dict[str, Any]
-) -> None:
-    """In place of derived weights, the values of what they are computed from."""
-    for p in parameters:
-        if p.derived and p.name in values:
-            parts = network.originals(p.name, values[p.name])
-            values |= parts
-            rows |= {n: replace(rows[n], touched=True, note=f"set with {p.name}") for n in parts if n != p.name}
-
-
-def _wide(p: Parameter) -> type[np.floating[Any]]:
-    """The type to draw in, whatever narrower one the values are stored in."""
-    return np.float64 if p.dtype == "float64" else np.float32
-
-
-def _rms(values: Any) -> float:
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else math.nan
-
-
 def _write(network: Network, values: Mapping[str, Any]) -> None:
     """Writes all parameters or, on an error or an interruption, none."""
     saved: dict[str, Any] = {}
@@ -540,39 +361,26 @@ def _write(network: Network, values: Mapping[str, Any]) -> None:
             raise
 
 
-def _std(fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:
-    """The std asked for, and which rule it comes from."""
-    if 0 in fans:
-        return 0.0, "empty"
-    data = _first_data(follower)
-    if data is not None:
-        return rules.input_layer_std(fans.fan_in, data.moment, follower.averaged), "scaled to the inputs"
-    return rules.curvature_neutral_std(fans.fan_in, fans.fan_out, gain, follower.averaged), "drawn"
-
-
-def _first_data(follower: Follower | None) -> Data | None:
-    """What the first weight of a chain takes, where that is known and not all zero."""
-    data = follower.data if follower is not None and (follower.depth or 1) > 1 else None
-    return data if data is not None and data.moment > 0 else None
-
-
-def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:
-    p = parameter
-    return Row(name=p.name, shape=p.shape, dtype=p.dtype, role=p.role, touched=touched, note=note, **numbers)
-
-
-def _scaled(row: Row, calibration: Calibration, name: str, shared: bool) -> Row:
-    """A row after the calibration."""
-    scale = calibration.scales[name]
-    row = replace(row, scale=scale, std=row.std * scale)
-    if row.role != WEIGHT:
-        return row
-    return replace(
-        row,
-        note=f"{row.note}, of a stream" if shared else row.note,
-        curvature_before=calibration.before.curvature[name],
-        curvature=calibration.after.curvature[name],
-    )
+def _scaled(start: Base, calibration: Calibration, streams: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Row]]:
+    """Values and rows after the calibration."""
+    values, rows = dict(start.values), dict(start.rows)
+    for name in start.beside:  # drawn before the kind of step was known
+        values[name] = values[name] * np.asarray(calibration.of_biases, values[name].dtype)
+        std, drawn = rows[name].std * calibration.of_biases, rows[name].std_drawn * calibration.of_biases
+        rows[name] = replace(rows[name], std=std, std_drawn=drawn)
+    writers = Counter(streams.values())
+    for name, scale in calibration.scales.items():
+        values[name] = values[name] * np.asarray(scale, values[name].dtype)
+        row = rows[name]
+        rows[name] = row = replace(row, scale=scale, std=row.std * scale)
+        if row.role == WEIGHT:
+            rows[name] = replace(
+                row,
+                note=f"{row.note}, of a stream" if writers[streams.get(name, -1)] > 1 else row.note,
+                curvature_before=calibration.before.curvature[name],
+                curvature=calibration.after.curvature[name],
+            )
+    return values, rows
 
 
 @contextlib.contextmanager

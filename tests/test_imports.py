@@ -31,6 +31,7 @@ ROWS = [
     {"operators", "probe"},
     {"curvature", "calibration"},
     {"report"},
+    {"bases"},
     {"model"},
     {"torch", "keras", "inspection"},
     {""},  # the package itself: lazy names

@@ -1,0 +1,273 @@
+"""The base that a calibration scales: values of the closed form, or those that are there, with the report's rows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hessinit import rules
+from hessinit.draw import UNPAIRED, Pairs, draw, stream
+from hessinit.layout import Fans, Layout
+from hessinit.networks.base import BIAS, NORM_SCALE, WEIGHT, Data, Follower, Network, Parameter
+from hessinit.report import Row
+
+
+class Base(NamedTuple):
+    """What a model starts from.
+
+    Args:
+        values: by name, of every parameter that is set.
+        rows: by name, of every parameter.
+        beside: of each bias that is random, by name, the weight of its layer.
+    """
+
+    values: dict[str, Any]
+    rows: dict[str, Row]
+    beside: Mapping[str, str]
+
+
+def current(network: Network, parameters: Sequence[Parameter], left: Mapping[str, str]) -> Base:
+    """The present weights; every other parameter stays.
+
+    Args:
+        network: the model.
+        parameters: all of it.
+        left: of those that stay, by name, why.
+    """
+    values: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
+    for p in parameters:
+        if p.name in left or p.role != WEIGHT or p.derived:
+            note = f"left: parametrized by {p.derived}" if p.derived else "left: not a weight"
+            rows[p.name] = _row(p, touched=False, note=left.get(p.name, note))
+            continue
+        values[p.name] = np.array(network.arrays.numpy(network.values([p.name])[p.name]))
+        assert p.layout is not None  # of every weight
+        fans = p.layout.fans(p.shape)
+        std = _rms(values[p.name])
+        note = "rescaled" if std > 0 else "left: zero"
+        numbers = {"fan_in": fans.fan_in, "fan_out": fans.fan_out, "std": std, "std_drawn": std}
+        rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
+    return Base(values, rows, {})
+
+
+def closed_form(
+    network: Network,
+    parameters: Sequence[Parameter],
+    left: Mapping[str, str],
+    followers: Mapping[str, Follower],
+    ends: set[str] | None,
+    *,
+    assumed: Follower,
+    paired: bool,
+    features: bool,
+    biased: bool,
+    forget_bias: float | None,
+    distribution: str,
+    seed: int,
+) -> Base:
+    """Random weights at the closed form's scale, biases zero, norms one and zero.
+
+    Args:
+        network: the model.
+        parameters: all of it.
+        left: of those that stay, by name, why.
+        followers: what follows each weight, by name, as far as known.
+        ends: weights that end residual branches; None for those that the followers tell.
+        assumed: what follows the other weights.
+        paired: whether units come in pairs of opposite weights, where that is linear.
+        features: whether those that the output layer takes do not.
+        biased: whether the biases of the first layer are random where inputs are few.
+        forget_bias: of LSTM layers; None for the framework's.
+        distribution: of weights.
+        seed: decides all.
+
+    Raises:
+        ValueError: an activation that has no gain.
+    """
+    values: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
+    mirrors = _mirrors(followers, parameters, left, features) if paired else {}
+    beside = _beside(followers, parameters, left) if biased else {}
+    named = Counter(p.role for p in parameters if p.name in (ends or ()))[WEIGHT]
+    for p in parameters:
+        if p.name in left:
+            rows[p.name] = _row(p, touched=False, note=left[p.name])
+        elif p.name in beside:
+            pairs = mirrors.get(beside[p.name], UNPAIRED)
+            values[p.name], rows[p.name] = _bias(p, followers[beside[p.name]], pairs, distribution, seed)
+        elif p.role != WEIGHT:
+            values[p.name], rows[p.name] = _constant(p, forget_bias)
+        else:
+            follower = followers.get(p.name, assumed)
+            role = Role(
+                follower,
+                mirrors.get(p.name, UNPAIRED),
+                follower.branches if ends is None else named if p.name in ends else 1,
+                [q for q in parameters if q.tied_to == p.name and q.role == WEIGHT],
+            )
+            values[p.name], rows[p.name] = _drawn(p, role, distribution, seed)
+    _write_through(network, parameters, rows, values)
+    return Base(values, rows, beside)
+
+
+def _mirrors(
+    followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str], features: bool
+) -> dict[str, Pairs]:
+    """The weights whose outputs, and those whose inputs, come in pairs: where both sides are ours to draw.
+
+    With ``features``, what the output layer takes does not: in pairs there would be half as many features.
+    """
+    drawn = {p.name for p in parameters if p.role == WEIGHT and p.name not in left}
+    ends = {name for name, follower in followers.items() if follower.last and features}
+    found: dict[str, Pairs] = {}
+    for name, follower in followers.items():
+        if follower.takers and name in drawn and drawn.issuperset(follower.takers) and ends.isdisjoint(follower.takers):
+            found[name] = found.get(name, UNPAIRED)._replace(outputs=True)
+            for taker, repeats in follower.takers.items():
+                found[taker] = found.get(taker, UNPAIRED)._replace(repeats=repeats)
+    return found
+
+
+def _beside(
+    followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str]
+) -> dict[str, str]:
+    """By name of each bias to be drawn, the weight of its layer: of a chain's first one, of few inputs."""
+    in_layers: dict[str, list[Parameter]] = {}
+    for p in parameters:
+        in_layers.setdefault(p.layer, []).append(p)
+    found = {}
+    for own in in_layers.values():
+        named = {p.role: p.name for p in own if p.name not in left and not p.derived}
+        if len(own) == 2 and named.keys() == {WEIGHT, BIAS}:
+            data = _first_data(followers.get(named[WEIGHT]))
+            if data is not None and rules.input_bias_std(data.numbers):
+                found[named[BIAS]] = named[WEIGHT]
+    return found
+
+
+class Role(NamedTuple):
+    """What a weight is for.
+
+    Args:
+        follower: what comes after it.
+        pairs: which of its units come in pairs.
+        branches: the number of residual branches, of which it ends one.
+        tied: parameters that are this same tensor elsewhere.
+    """
+
+    follower: Follower
+    pairs: Pairs
+    branches: int
+    tied: Sequence[Parameter]
+
+
+def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any, Row]:
+    """The closed form's values of one weight."""
+    assert p.layout is not None  # of every weight that is not left
+    follower, pairs = role.follower, role.pairs
+    shape = p.weight_shape or p.shape
+    fans = p.layout.fans(shape)
+    gain = rules.pair_gain(follower.function) if pairs != UNPAIRED else None
+    try:
+        gain = rules.gain(follower.function, depth=follower.depth) if gain is None else gain
+    except ValueError as error:
+        raise ValueError(f"init_: {p.layer} is followed by {follower.name}, which has no gain. {error}") from error
+    std, note = _std(fans, gain, follower)
+    for other in role.tied:  # the smaller scale suits both: an embedding's would make an output layer's loss huge
+        assert other.layout is not None  # of every weight
+        theirs = other.layout.fans(other.shape)
+        if rules.curvature_neutral_std(*theirs, gain) < std:
+            fans, std, note = theirs, rules.curvature_neutral_std(*theirs, gain), f"drawn for {other.name}"
+    if follower.averaged > 1:
+        note += f", for a mean of {follower.averaged}"
+    if pairs != UNPAIRED:
+        note += ", mirrored"
+    if role.branches > 1:
+        std, note = std / math.sqrt(role.branches), f"{note}, one of {role.branches} branches"
+    values = draw(shape, p.layout, std, distribution, stream(seed, p.key), _wide(p), pairs)
+    std_drawn = _rms(values)
+    if p.zero_row is not None:
+        values[p.zero_row] = 0
+        note += f", row {p.zero_row} (padding) zero"
+    if p.derived:
+        note += f" through {p.derived}"
+    row = _row(
+        p,
+        touched=True,
+        note=note,
+        fan_in=fans.fan_in,
+        fan_out=fans.fan_out,
+        activation=follower.name,
+        depth=follower.depth,
+        gain=gain,
+        std=std,
+        std_drawn=std_drawn,
+    )
+    return values, row
+
+
+def _std(fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:
+    """The std asked for, and which rule it comes from."""
+    if 0 in fans:
+        return 0.0, "empty"
+    data = _first_data(follower)
+    if data is not None:
+        return rules.input_layer_std(fans.fan_in, data.moment, follower.averaged), "scaled to the inputs"
+    return rules.curvature_neutral_std(fans.fan_in, fans.fan_out, gain, follower.averaged), "drawn"
+
+
+def _bias(p: Parameter, follower: Follower, pairs: Pairs, distribution: str, seed: int) -> tuple[Any, Row]:
+    """The values of the bias of a first layer."""
+    assert follower.data is not None  # as _beside has seen
+    std = rules.input_bias_std(follower.data.numbers, follower.averaged)
+    values = draw(p.shape, Layout("o"), std, distribution, stream(seed, p.key), _wide(p), Pairs(pairs.outputs))
+    return values, _row(p, touched=True, note="drawn as of one more input", std=std, std_drawn=_rms(values))
+
+
+def _first_data(follower: Follower | None) -> Data | None:
+    """What the first weight of a chain takes, where that is known and not all zero."""
+    data = follower.data if follower is not None and (follower.depth or 1) > 1 else None
+    return data if data is not None and data.moment > 0 else None
+
+
+def _constant(p: Parameter, forget_bias: float | None) -> tuple[Any, Row]:
+    """The value of a bias or of a norm's parameter."""
+    value = 1.0 if p.role == NORM_SCALE else 0.0
+    values, note = np.full(p.shape, value, np.float32), f"set to {value:g}"
+    if p.forget is not None:
+        start, stop, own = p.forget
+        forget = own if forget_bias is None else float(forget_bias)
+        values[start:stop] = forget
+        note += f", forget gate {forget:g}" if forget else ""
+    return values, _row(p, touched=True, note=note)
+
+
+def _write_through(
+    network: Network, parameters: Sequence[Parameter], rows: dict[str, Row], values: dict[str, Any]
+) -> None:
+    """In place of derived weights, the values of what they are computed from."""
+    for p in parameters:
+        if p.derived and p.name in values:
+            parts = network.originals(p.name, values[p.name])
+            values |= parts
+            rows |= {n: replace(rows[n], touched=True, note=f"set with {p.name}") for n in parts if n != p.name}
+
+
+def _row(parameter: Parameter, touched: bool, note: str, **numbers: Any) -> Row:
+    p = parameter
+    return Row(name=p.name, shape=p.shape, dtype=p.dtype, role=p.role, touched=touched, note=note, **numbers)
+
+
+def _wide(p: Parameter) -> type[np.floating[Any]]:
+    """The type to draw in, whatever narrower one the values are stored in."""
+    return np.float64 if p.dtype == "float64" else np.float32
+
+
+def _rms(values: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if values.size else math.nan
