@@ -382,14 +382,18 @@ class Objective:
         """The random numbers of one probe of the trace."""
         return stream(self.seed, "signs", str(probe), *[self.group.rank] * (self.group.size > 1))
 
-    def squares(
-        self, names: Sequence[str], probe: int, of_squares: Callable[[Array], Any], of_gradient: Callable[[Array], Any]
-    ) -> dict[str, Any] | None:
-        """The diagonal, reduced, from ``g_s = J_sᵀ R_s ε_s`` with balanced signs ε: unbiased, one backward pass.
+    def squares(self, names: Sequence[str], probe: int, total: bool) -> dict[str, Any] | None:
+        """The diagonal, or its sums, from ``g_s = J_sᵀ R_s ε_s`` with balanced signs ε: unbiased, one backward pass.
 
         ``Σ_s g_s²`` over samples where these can be told apart, else ``(Σ_s g_s)²``, whose expectation is the same and
         whose spread is larger, by products of different samples. None for a loss without an analytic root.
+
+        Args:
+            names: of the parameters wanted.
+            probe: which draw of the signs.
+            total: whether of each parameter the sum is enough.
         """
+        arrays = self.network.arrays
         if not self.loss.analytic_root:
             return None
         rng = self.probe_stream(probe)
@@ -400,11 +404,10 @@ class Objective:
                 ("vjp", *names), lambda: self.network.derivatives.vjp(chunk.outputs, self.values(names))
             )
             drawn = balanced_signs(rng, chunk.shape, self.loss.class_axis(chunk.shape, chunk.targets))
-            epsilon = self.network.arrays.asarray(drawn, z)
-            rooted = self.loss.root(z, chunk.targets, epsilon)
-            squares, gradients = pull([rooted]) if apart else ({}, pull(rooted))
-            found = {name: of_squares(s) for name, s in squares.items()}
-            found |= {name: of_gradient(g) for name, g in gradients.items() if name in names}
+            rooted = self.loss.root(z, chunk.targets, arrays.asarray(drawn, z))
+            squares, gradients = pull([rooted], total) if apart else ({}, pull(rooted))
+            found = {name: float(arrays.numpy(s)) if total else s for name, s in squares.items()}
+            found |= {name: arrays.dot(g, g) if total else g * g for name, g in gradients.items()}
             return z, {name: found[name] for name in names}
 
         return dict(self.over_data(work))

@@ -318,7 +318,7 @@ class Hessian:
             arrays = self.objective.network.arrays
             total: dict[str, Any] = dict.fromkeys(self.rows, 0.0)
             squares: dict[str, Any] = dict.fromkeys(self.rows, 0.0)
-            for draw in self._probes(num_probes, lambda s: s, lambda v, w: v * w):
+            for draw in self._probes(num_probes):
                 total = {n: total[n] + draw[n] for n in self.rows}
                 squares = {n: squares[n] + draw[n] * draw[n] for n in self.rows}
             values = Values({n: total[n] / num_probes for n in self.rows})
@@ -350,15 +350,11 @@ class Hessian:
         """
         self._square("traces")
         groups = {name: [name] for name in self.rows} if groups is None else groups
-        dot, sum_of = self.objective.network.arrays.dot, self.objective.network.arrays.sum
-
-        def total(diagonal: Array) -> float:
-            return float(self._to_numpy(sum_of(diagonal)))
-
         if num_probes is not None:
-            draws = list(self._probes(num_probes, total, dot))
+            draws = list(self._probes(num_probes, total=True))
         else:
-            draws = [{name: total(d) for name, d in self.diagonal().items()}]
+            sum_of = self.objective.network.arrays.sum
+            draws = [{name: float(self._to_numpy(sum_of(d))) for name, d in self.diagonal().items()}]
         table = np.array([[sum(draw[name] for name in names) for names in groups.values()] for draw in draws])
         values = Values(zip(groups, table.mean(axis=0).tolist(), strict=True))
         if num_probes is not None:
@@ -374,25 +370,23 @@ class Hessian:
         value = self.objective.network.values([name])[name]
         return self.objective.network.arrays.asarray(diagonal.reshape(self._shapes[name]), value)
 
-    def _probes(
-        self, num_probes: int, reduce: Callable[[Array], Any], of_pair: Callable[[Array, Array], Any]
-    ) -> Iterator[dict[str, Any]]:
-        """One estimate of the diagonal, reduced, for each probe: from ``Jᵀ R ε``, else from v and the product H v.
+    def _probes(self, num_probes: int, total: bool = False) -> Iterator[dict[str, Any]]:
+        """One estimate of the diagonal, or of its sums, for each probe: from ``Jᵀ R ε``, else from v and ``H v``.
 
         Args:
             num_probes: of them.
-            reduce: of the diagonal of a parameter.
-            of_pair: of v and w, the same for ``v ⊙ w``.
+            total: whether of each parameter the sum is enough.
         """
+        dot = self.objective.network.arrays.dot
         with self.objective.linearized():
             for probe in self._probe_numbers(num_probes):
                 draw = None
                 if not self.exact:
-                    draw = self.objective.squares(self.rows, probe, reduce, lambda g: of_pair(g, g))
+                    draw = self.objective.squares(self.rows, probe, total)
                 if draw is None:  # Hutchinson: E v ⊙ H v = diag H
                     v = self.objective.random_direction(self.cols, f"probe {probe}")
                     product = self._product(v)
-                    draw = {name: of_pair(v[name], product[name]) for name in self.rows}
+                    draw = {n: dot(v[n], product[n]) if total else v[n] * product[n] for n in self.rows}
                 yield draw
 
     def _probe_numbers(self, num_probes: int) -> Iterator[int]:

@@ -68,6 +68,8 @@ def test_squares_are_those_of_one_sample_after_the_other(name):
     for again, factor in zip(pull([u, -2 * u]), (5, -1), strict=True):  # squares and gradients of both
         for key, value in again.items():
             torch.testing.assert_close(value, factor * (squared | gradients)[key], rtol=1e-10, atol=1e-14)
+    for key, value in pull([u], total=True)[0].items():
+        torch.testing.assert_close(value, squared[key].sum(), rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,36 @@ def test_large_and_small_convolutions(layer, size):
     sums, _ = one_by_one(layer, x, u)
     for name in ("weight", "bias"):
         torch.testing.assert_close(squared[name], sums[name], rtol=1e-10, atol=0)
+
+
+class Product(nn.Module):
+    """``x @ kernel``, as Keras's layers on torch have it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
+@pytest.mark.parametrize("axes", [(), (5,), (2, 40)], ids=["one", "few", "many"])
+@pytest.mark.parametrize("layer", [nn.Linear(8, 12), nn.Linear(8, 12, bias=False), Product(8, 12)])
+@pytest.mark.parametrize("most", [2**24, 100], ids=["at once", "in parts"])
+def test_products_of_one_few_and_many_rows_a_sample(layer, axes, most, monkeypatch):
+    """Few rows have their sum of squares from products of rows, many from the derivatives."""
+    monkeypatch.setattr("hessinit.networks.torch_samples.MOST", most)
+    layer = copy.deepcopy(layer).double()
+    x = torch.randn(3, *axes, 8, dtype=torch.float64)
+    z, pull = squares(layer, x)
+    u = torch.randn_like(z)
+    squared, gradients = pull([u])
+    sums, _ = one_by_one(layer, x, u)
+    assert not gradients
+    totals, _ = pull([u], total=True)
+    for name, value in sums.items():
+        torch.testing.assert_close(squared[name], value, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(totals[name], value.sum(), rtol=1e-10, atol=1e-14)
 
 
 class Wrapped(nn.Module):

@@ -208,9 +208,8 @@ class Derivatives(Protocol):
 
     def squares(
         self, f: Function, few: Function, values: Named, names: Sequence[str], samples: int, first: int
-    ) -> tuple[Array, Callable[[Iterable[Array]], tuple[dict[str, Array], dict[str, Array]]]] | None:
-        """``f(values)`` and a map from some u, each with a row a sample, to ``Σ_u Σ_s (J_sᵀ u_s)²`` of the names that
-        allow it and ``Jᵀ Σ u`` of the others, with a backward pass for each; None, the default, if no name does.
+    ) -> tuple[Array, Squares] | None:
+        """``f(values)`` and the :class:`Squares` of its samples; None, the default, if no name allows any.
 
         Args:
             f: outputs of a batch.
@@ -221,6 +220,18 @@ class Derivatives(Protocol):
             first: how many samples ``few`` has.
         """
         return None
+
+
+class Squares(Protocol):
+    """A map from some u, each with a row a sample, to squares of each sample's own derivatives."""
+
+    def __call__(self, cotangents: Iterable[Array], total: bool = False) -> tuple[dict[str, Array], dict[str, Array]]:
+        """``Σ_u Σ_s (J_sᵀ u_s)²`` of the names that allow it and ``Jᵀ Σ u`` of the others, a backward pass for each u.
+
+        Args:
+            cotangents: the u.
+            total: whether of each parameter's squares the sum is enough.
+        """
 
 
 class Group(Protocol):

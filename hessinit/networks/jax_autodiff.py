@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessinit.networks.base import Derivatives, Function, Named, OnData, Pull
+from hessinit.networks.base import Derivatives, Function, Named, OnData, Pull, Squares
 
 MOST = 2**24  # entries of derivatives of single samples at a time
 NEAR = 1e-4  # outputs of some samples alone and among others, up to rounding
@@ -108,7 +108,7 @@ class JaxDerivatives(Derivatives):
 
     def squares(
         self, f: Function, few: Function, values: Named, names: Sequence[str], samples: int, first: int
-    ) -> tuple[Any, Callable[[Iterable[Any]], tuple[dict[str, Any], dict[str, Any]]]] | None:
+    ) -> tuple[Any, Squares] | None:
         """Of all names or none: each sample goes through the model by itself, many at a time by ``jax.vmap``."""
         assert isinstance(f, OnData)
         assert isinstance(few, OnData)
@@ -127,11 +127,11 @@ class JaxDerivatives(Derivatives):
         compiled: Any = ready[key]
         compiled.eval_shape(values, leaves, z)  # raises if the model looks at its data
 
-        def pull(cotangents: Iterable[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        def pull(cotangents: Iterable[Any], total: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
             sums = {name: jnp.zeros(values[name].shape, _wide(values[name])) for name in names}
             for cotangent in cotangents:
                 sums = jax.tree.map(jnp.add, sums, compiled(values, leaves, cotangent))
-            return sums, {}
+            return {name: s.sum() for name, s in sums.items()} if total else sums, {}
 
         return z, pull
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
 from hessinit.batches import at_the_end
-from hessinit.networks.base import Derivatives, Function, Named, Pull
+from hessinit.networks.base import Derivatives, Function, Named, Pull, Squares
 from hessinit.networks.torch_samples import Call, Calls, near, parts, rows_apart, squares
 
 T = TypeVar("T")
@@ -134,7 +134,7 @@ class TorchDerivatives(Derivatives):
 
     def squares(
         self, f: Function, few: Function, values: Named, names: Sequence[str], samples: int, first: int
-    ) -> tuple[Tensor, Callable[[Iterable[Tensor]], tuple[dict[str, Tensor], dict[str, Tensor]]]] | None:
+    ) -> tuple[Tensor, Squares] | None:
         leaves, constants = _leaves_and_constants(values, names)
 
         def record(f: Function) -> tuple[Tensor, list[Call]]:
@@ -157,18 +157,18 @@ class TorchDerivatives(Derivatives):
         others = [name for name in names if not any(name in some for some in told)]
         wanted: Any = [*(call.edge for call in calls), *(leaves[name] for name in others)]
 
-        def pull(cotangents: Iterable[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        def pull(cotangents: Iterable[Tensor], total: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             sums: list[list[Tensor]] = [[] for _ in wanted]
             for cotangent in cotangents:
                 reached = torch.autograd.grad(z, wanted, cotangent, retain_graph=True, allow_unused=True)
                 for k, u in enumerate(reached):
                     if u is not None:
-                        new = parts(calls[k], rows[told[k][0]], u) if k < len(calls) else [u]
+                        new = parts(calls[k], rows[told[k][0]], u, total) if k < len(calls) else [u]
                         sums[k] = [s + n for s, n in zip(sums[k], new, strict=True)] if sums[k] else new
             squared: dict[str, Tensor] = {}
             for call, into, some in zip(calls, told, sums, strict=False):
                 squared |= (
-                    squares(call, rows[into[0]], some)
+                    squares(call, rows[into[0]], some, total)
                     if some
                     else {name: torch.zeros_like(leaves[name]) for name in into}
                 )

@@ -152,17 +152,20 @@ def near(x: Tensor, y: Tensor) -> bool:
     return bool((x - y).abs().max() <= NEAR.get(x.dtype, 2e-2) * y.abs().max()) if x.numel() else True
 
 
-def parts(call: Call, rows: Sequence[int], reached: Tensor) -> list[Tensor]:
+def parts(call: Call, rows: Sequence[int], reached: Tensor, total: bool = False) -> list[Tensor]:
     """What of ``Σ_s g_s²`` of a call's parameters has to be computed for each backward pass; several passes add up.
 
     Args:
         call: whose parameters enter nowhere else.
         rows: its arguments with a row a sample.
         reached: what the backward pass brings to its output.
+        total: whether the sums of the squares are enough.
     """
     wide = reached.dtype if reached.dtype == torch.float64 else torch.float32
     if _is_product(call, rows):
-        return [reached.to(wide).square()]
+        if reached.ndim == 2:
+            return [_lengths(reached, wide) if total else reached.to(wide).square()]
+        return _of_products(call, reached.flatten(1, -2).to(wide), total)
     parameters = [call.arguments[place] for place in call.names]
     batched = [reached, *(call.arguments[k] for k in rows)]
     entries = max(sum(p.numel() for p in parameters), 1)
@@ -200,20 +203,56 @@ def parts(call: Call, rows: Sequence[int], reached: Tensor) -> list[Tensor]:
     return sums
 
 
-def squares(call: Call, rows: Sequence[int], sums: Sequence[Tensor]) -> dict[str, Tensor]:
-    """``Σ_s g_s²`` of a call's parameters, by name, in at least single precision, from the sums of its parts."""
-    if _is_product(call, rows):
-        into, x = sums[0], call.arguments[0].to(sums[0].dtype).square()
-        turned = call.function is F.linear
-        sums = [into.sum(0) if place == 2 else into.T @ x if turned else x.T @ into for place in call.names]
+def squares(call: Call, rows: Sequence[int], sums: Sequence[Tensor], total: bool = False) -> dict[str, Tensor]:
+    """``Σ_s g_s²`` of a call's parameters, by name, in at least single precision, from the sums of its parts.
+
+    Or their sums, for parts of sums.
+    """
+    if _is_product(call, rows) and len(call.output) == 2:
+        into, x, wide = sums[0], call.arguments[0], sums[0].dtype
+        if total:
+            sums = [into if place == 2 else into @ _lengths(x, wide) for place in call.names]
+        else:
+            x, turned = x.to(wide).square(), call.function is F.linear
+            sums = [into.sum(0) if place == 2 else into.T @ x if turned else x.T @ into for place in call.names]
+    if total:
+        return dict(zip(call.names.values(), (s.sum() for s in sums), strict=True))
     named = zip(call.names.values(), sums, strict=True)
     return {name: call.back[name](s) if name in call.back else s for name, s in named}
 
 
+def _lengths(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The square of each row's length."""
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    return lengths.square()
+
+
 def _is_product(call: Call, rows: Sequence[int]) -> bool:
-    """Of a matrix with a row a sample and one of parameters: of its squares, ``Σ_s g_s²`` is a product too."""
-    matrices = call.function in _MATRICES and len(call.output) == call.arguments[0].ndim == 2
-    return matrices and rows == [0] and call.names.keys() <= {1, 2}
+    """Of rows of numbers and a matrix of parameters: with one row a sample, ``Σ_s g_s²`` is a product of squares."""
+    if call.function not in _MATRICES or rows != [0] or not call.names.keys() <= {1, 2}:
+        return False
+    x, weight = call.arguments[:2]
+    return bool(len(call.output) == x.ndim > 1 and weight.ndim == 2)
+
+
+def _of_products(call: Call, reached: Tensor, total: bool) -> list[Tensor]:
+    """Of many rows a sample, ``g_s = U_sᵀ X_s``, whose squares have the sum of ``U_s U_sᵀ ⊙ X_s X_sᵀ``."""
+    x = call.arguments[0].flatten(1, -2).to(reached.dtype)
+    (_, rows, inputs), outputs = x.shape, reached.shape[2]
+    of_rows = total and rows * (inputs + outputs) < inputs * outputs  # which is less to compute
+    most = max(1, MOST // max(1, rows * rows if of_rows else inputs * outputs))
+    left, right = (reached, x) if call.function is F.linear else (x, reached)
+
+    def weight() -> Tensor:
+        some = zip(left.split(most), right.split(most), strict=True)
+        if of_rows:
+            return torch.stack([torch.sum((u @ u.mT) * (v @ v.mT)) for u, v in some]).sum()
+        squared = left.new_zeros(left.shape[2], right.shape[2])
+        for u, v in some:
+            squared += (u.mT @ v).square().sum(0)
+        return squared
+
+    return [weight() if place == 1 else reached.sum(1).square().sum(0) for place in call.names]
 
 
 def _of_convolution(node: Any, names: Mapping[int, str]) -> OfSample:
