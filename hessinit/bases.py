@@ -178,7 +178,7 @@ def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any,
         gain = rules.gain(follower.function, depth=follower.depth) if gain is None else gain
     except ValueError as error:
         raise ValueError(f"init_: {p.layer} is followed by {follower.name}, which has no gain. {error}") from error
-    std, note = _std(fans, gain, follower)
+    std, note = _std(p.layout, fans, gain, follower)
     for other in role.tied:  # the smaller scale suits both: an embedding's would make an output layer's loss huge
         assert other.layout is not None  # of every weight
         theirs = other.layout.fans(other.shape)
@@ -212,10 +212,12 @@ def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any,
     return values, row
 
 
-def _std(fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:
+def _std(layout: Layout, fans: Fans, gain: float, follower: Follower) -> tuple[float, str]:
     """The std asked for, and which rule it comes from."""
     if 0 in fans:
         return 0.0, "empty"
+    if layout.looked_up and follower.begins:
+        return rules.input_layer_std(fans.fan_in, 1.0), "scaled to the inputs"
     data = _first_data(follower)
     if data is not None:
         return rules.input_layer_std(fans.fan_in, data.moment, follower.averaged), "scaled to the inputs"

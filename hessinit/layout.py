@@ -79,6 +79,11 @@ class Layout:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"Layout: {name} must be a positive integer; got {value!r}.")
 
+    @property
+    def looked_up(self) -> bool:
+        """Whether one entry at a time is taken, as of an embedding."""
+        return "v" in self.axes
+
     def expand(self, shape: Sequence[int]) -> list[Axis]:
         """The axes of a weight of this shape, packed ones as two.
 

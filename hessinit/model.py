@@ -106,7 +106,8 @@ def init_(
     other model from one traced forward pass if ``batch`` is given; without, only layers that tell by themselves are
     known (gates, attention, embeddings, PyTorch's transformer layers, Keras's layers with an activation), and for
     others ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain also takes the scale of the inputs out
-    (:func:`hessinit.rules.input_layer_std`).
+    (:func:`hessinit.rules.input_layer_std`), and so does, where the graph or a batch tells, an embedding that a
+    residual stream, a recurrent layer or attention begins with.
 
     **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs

@@ -278,6 +278,9 @@ def input_layer_std(fan_in: float, second_moment: float, averaged: float = 1) ->
     own. Without it, images standardised to unit variance train worse: six layers under SGD at 0.01 reach 0.54 to 0.60
     by activation instead of 0.43 to 0.44 (``paper_figures/fig_depth_training.py``).
 
+    An embedding that a residual stream or a recurrent layer begins with is such a layer, which takes a single one. A
+    mean of many words, which mean nothing before they are learned, is better off with less.
+
     Args:
         fan_in: connections into an output unit.
         second_moment: mean square of the inputs' entries, > 0.

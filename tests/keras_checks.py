@@ -339,6 +339,16 @@ def test_weights_that_write_to_one_residual_stream_are_found():
     assert len(followers) == 8
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GlobalAveragePooling1D"])
+def test_an_embedding_that_gates_take_is_as_large_as_a_first_layer_makes_its_outputs(kind):
+    i = keras.Input((6,), dtype="int32")
+    h = getattr(layers, kind)(*[8] * (kind == "LSTM"))(layers.Embedding(20, 16, name="embed")(i))
+    _, report = hessinit.init_(keras.Model(i, layers.Dense(2)(h)), seed=0, return_report=True)
+    (row,) = (row for row in report if "embed" in row.name)
+    expected = rules.INPUT_VARIANCE**0.5 if kind == "LSTM" else rules.curvature_neutral_std(1, 16, 1.0)
+    assert row.std_drawn == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_branches_of_a_stream_without_norms_are_counted():
     i = keras.Input((8,))
     x = layers.Dense(8, name="stem")(i)

@@ -313,8 +313,34 @@ def test_embeddings_attention_and_recurrent_layers():
     weights = [row for row in report if row.role == "weight" and row.name != "head.weight"]
     assert len(weights) == 1 + 4 + 8
     assert [alone[row.name].activation for row in weights] == [row.activation for row in weights]
+    weights = [row for row in weights if row.name != "embed.weight"]  # of which only a batch tells what it begins
     assert [alone[row.name].std for row in weights] == pytest.approx([row.std for row in weights])
     assert alone["head.weight"].activation == "relu (assumed)"
+
+
+class Words(nn.Module):
+    """An embedding that a recurrent layer takes, or an average, or an activation."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.embed = kind, nn.EmbeddingBag(50, 16) if kind == "bag" else nn.Embedding(50, 16)
+        self.next = {"lstm": nn.LSTM(16, 8), "gru": nn.GRU(16, 8)}.get(kind, nn.Linear(16, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        if isinstance(self.next, nn.RNNBase):
+            return self.head(self.next(x)[0])
+        return self.head(torch.relu(self.next(x.mean(1) if self.kind == "mean" else x)))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "mean", "bag", "dense"])
+def test_an_embedding_that_gates_take_is_as_large_as_a_first_layer_makes_its_outputs(kind):
+    _, report = hessinit.init_(Words(kind), torch.randint(0, 50, (4, 9)), seed=0, return_report=True)
+    gated = kind in ("lstm", "gru")
+    expected = rules.INPUT_VARIANCE**0.5 if gated else rules.curvature_neutral_std(1, 16, 1.0)
+    assert report["embed.weight"].std_drawn == pytest.approx(expected, rel=1e-5)
+    assert (report["embed.weight"].note == "scaled to the inputs") == gated
 
 
 class Residual(nn.Module):
@@ -350,6 +376,9 @@ def test_weights_that_write_to_one_residual_stream_share_a_scale(tied):
     }
     assert set(stream) == writers - ({"embed.weight"} if tied else set())
     assert len(set(stream.values())) == 1
+    assert report["places.weight"].std_drawn == pytest.approx(rules.INPUT_VARIANCE**0.5, rel=1e-5)
+    embedding = rules.curvature_neutral_std(8, 20, 1.0) if tied else rules.INPUT_VARIANCE**0.5
+    assert report["embed.weight"].std_drawn == pytest.approx(embedding, rel=1e-5)
     others = [row.scale for row in report if row.name not in stream and not np.isnan(row.scale)]
     assert len(set(others)) == len(others) == 5
     assert net.down.weight.square().mean().sqrt().item() == pytest.approx(report["down.weight"].std)

@@ -111,6 +111,7 @@ class Follower:
         averaged: number of positions that average poolings after it take together; 1 for none, and for one of all that
             there are, which keeps what they share (measured, the factor gains nothing there).
         last: whether no other weight follows on the way to the model's outputs.
+        begins: whether its outputs are what a residual stream, a recurrent layer or attention begins with.
         stream: which residual stream the weight writes to: equal for all whose outputs are added to each other before
             a norm, or, in one without norms, for the ends of its branches; None where nothing is added.
         branches: of a weight at the end of a branch without norms, the number of branches of its stream; else 1.
@@ -123,6 +124,7 @@ class Follower:
     takers: Mapping[str, int] = field(default_factory=dict)
     averaged: int = 1
     last: bool = False
+    begins: bool = False
     stream: int | None = None
     branches: int = 1
 

@@ -114,6 +114,7 @@ class WeightGraph:
         self._joined: set[int] = set()  # layers whose outputs meet those of others
         self._writers: set[str] = set()
         self._streams: list[frozenset[int]] = []  # layers whose outputs are added to each other
+        self._begun: set[int] = set()  # layers whose outputs gates take
         self._normed: set[int] = set()  # layers whose outputs a norm takes
         self._branches: list[frozenset[int]] = []  # the layers at the end of each branch that is added to a stream
 
@@ -158,6 +159,7 @@ class WeightGraph:
         data: Data | None = None,
         units: tuple[int, int, int] | None = None,
         writers: Sequence[str] | None = None,
+        gates: bool = False,
     ) -> State:
         """The tensor meets the weights of one layer.
 
@@ -168,6 +170,7 @@ class WeightGraph:
             units: of a single weight that takes all of an axis to all of another: how many it takes and gives, and
                 the axis of the outputs; else None.
             writers: those that the outputs are proportional to; None for all.
+            gates: whether these are of gates or attention, which pass signals on almost linearly.
         """
         self._settle(state.pending, "linear", "linear")
         layer, taken = len(self._names), state.units
@@ -180,7 +183,11 @@ class WeightGraph:
         self._before.append(state.layers)
         self._data.append(data)
         given = Units(layer, units[1], units[2]) if units is not None and units[1] % 2 == 0 else None
-        return State(frozenset(names), frozenset([layer]), units=given, past=state.past | {layer})
+        made = State(frozenset(names), frozenset([layer]), units=given, past=state.past | {layer})
+        if not gates:
+            return made
+        self._begun |= state.layers
+        return self.activation(made, GATED.name, GATED.function)
 
     def activation(self, state: State, name: str, function: Callable[[Any], Any] | str, tensor: object = None) -> State:
         """The tensor goes through an activation; name the tensor itself where it may meet its output again."""
@@ -191,10 +198,6 @@ class WeightGraph:
         else:
             units = self.mixed(state).units
         return State(frozenset(), state.layers, (tensor, state.pending, function), units, state.past)
-
-    def gated(self, state: State) -> State:
-        """The tensor goes through gates or attention, which pass signals on almost linearly."""
-        return self.activation(state, GATED.name, GATED.function)
 
     def product(self, one: tuple[object, State], two: tuple[object, State]) -> State:
         """Two tensors are multiplied: ``u φ(u)`` is one activation, and an activation from 0 to 1 is a gate."""
@@ -257,8 +260,9 @@ class WeightGraph:
                     depth = behind[layer] + ahead[layer] - 1
                     positions = 1 if layer in self._joined else self._averaged.get(layer, 1)
                     data, takers, last = self._data[layer], self._pairs(layer), layer in self._last
-                    stream = written.get(name, (None, 1))
-                    found[name] = Follower(*activation, depth, data, takers, positions, last, *stream)
+                    stream, branches = written.get(name, (None, 1))
+                    begins = stream is not None or layer in self._begun
+                    found[name] = Follower(*activation, depth, data, takers, positions, last, begins, stream, branches)
         return found
 
     def _written(self) -> Mapping[str, tuple[int, int]]:

@@ -399,7 +399,7 @@ def _step(
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]
     if isinstance(operation, _GATED):
         writers = [operation._output_dense.kernel.path] if isinstance(operation, _ATTENTION) else []
-        return [graph.gated(graph.weights(state, weights, data(), None, writers))]
+        return [graph.weights(state, weights, data(), None, writers, gates=True)]
     if isinstance(operation, _NORM):
         return [graph.norm(state)]
     if isinstance(operation, _AVERAGING) and not _takes_all(operation, tensors[0]):

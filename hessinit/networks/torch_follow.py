@@ -136,8 +136,7 @@ def _weights(module: nn.Module, names: Mapping[int, str], computed: Mapping[int,
 def _step(graph: WeightGraph, state: State, module: nn.Module, weights: list[str]) -> State:
     """One module of a Sequential, with the names of its weights."""
     if weights:
-        state = graph.weights(state, weights)
-        return graph.gated(state) if isinstance(module, _GATED) else state
+        return graph.weights(state, weights, gates=isinstance(module, _GATED))
     if isinstance(module, NORM):
         return graph.norm(state)
     for kind, axes in _AVERAGING.items():
@@ -178,10 +177,9 @@ class _Tracer(TorchFunctionMode):
         if weights:
             data = None if states else self._data(given)
             ends = [n for n in weights if "out_proj" in n] if name in _ATTENTION_FUNCTIONS else []
-            writers = ends if name in _GATED_FUNCTIONS else None
-            state = self.graph.weights(self.graph.join(states), weights, data, _units(name, given), writers)
-            if name in _GATED_FUNCTIONS:
-                state = self.graph.gated(state)
+            gates = name in _GATED_FUNCTIONS
+            before, writers = self.graph.join(states), ends if gates else None
+            state = self.graph.weights(before, weights, data, _units(name, given), writers, gates)
         elif self.inside or not states:
             return result
         else:
