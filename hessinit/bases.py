@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hessinit import rules
+from hessinit.calibration import Beside
 from hessinit.draw import UNPAIRED, Pairs, draw, stream
 from hessinit.layout import Fans, Layout
 from hessinit.networks.base import BIAS, NORM_SCALE, WEIGHT, Data, Follower, Network, Parameter
@@ -23,12 +24,12 @@ class Base(NamedTuple):
     Args:
         values: by name, of every parameter that is set.
         rows: by name, of every parameter.
-        beside: of each bias that is random, by name, the weight of its layer.
+        beside: the biases that are random, by name.
     """
 
     values: dict[str, Any]
     rows: dict[str, Row]
-    beside: Mapping[str, str]
+    beside: Mapping[str, Beside]
 
 
 def current(network: Network, parameters: Sequence[Parameter], left: Mapping[str, str]) -> Base:
@@ -99,8 +100,9 @@ def closed_form(
         if p.name in left:
             rows[p.name] = _row(p, touched=False, note=left[p.name])
         elif p.name in beside:
-            pairs = mirrors.get(beside[p.name], UNPAIRED)
-            values[p.name], rows[p.name] = _bias(p, followers[beside[p.name]], pairs, distribution, seed)
+            weight = beside[p.name].weight
+            pairs = mirrors.get(weight, UNPAIRED)
+            values[p.name], rows[p.name] = _bias(p, followers[weight], pairs, distribution, seed)
         elif p.role != WEIGHT:
             values[p.name], rows[p.name] = _constant(p, forget_bias)
         else:
@@ -136,8 +138,8 @@ def _mirrors(
 
 def _beside(
     followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str]
-) -> dict[str, str]:
-    """By name of each bias to be drawn, the weight of its layer: of a chain's first one, of few inputs."""
+) -> dict[str, Beside]:
+    """The biases to be drawn, by name: of a chain's first layer, of few inputs."""
     in_layers: dict[str, list[Parameter]] = {}
     for p in parameters:
         in_layers.setdefault(p.layer, []).append(p)
@@ -145,9 +147,10 @@ def _beside(
     for own in in_layers.values():
         named = {p.role: p.name for p in own if p.name not in left and not p.derived}
         if len(own) == 2 and named.keys() == {WEIGHT, BIAS}:
-            data = _first_data(followers.get(named[WEIGHT]))
-            if data is not None and rules.input_bias_std(data.numbers):
-                found[named[BIAS]] = named[WEIGHT]
+            follower = followers.get(named[WEIGHT])
+            data = _first_data(follower)
+            if follower is not None and data is not None and rules.input_bias_std(data.numbers):
+                found[named[BIAS]] = Beside(named[WEIGHT], rules.is_odd(follower.function))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,9 @@ from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
-SIGN_LIKE_BIASES = 2.0
-"""Factor on biases for steps that do not shrink with the gradient: such a step makes a bias no faster than a weight."""
+SIGN_LIKE_BIASES, SIGN_LIKE_ODD_BIASES = 2.0, 4.0
+"""Factor on biases for steps that do not shrink with the gradient, which make a bias no faster than a weight; and after
+an odd activation, without biases an odd net, which has most to learn. Proportional steps may diverge with either."""
 DEEP = 15  # layers in a row, above which both ends of the range fall as 1/depth: the steps of many layers multiply
 NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
 LEVEL = 0.3, 1.0
@@ -55,6 +56,18 @@ class Target:
     forward: Forward | None = None
 
 
+class Beside(NamedTuple):
+    """A bias that is drawn.
+
+    Args:
+        weight: of its layer, whose scale it gets.
+        odd: whether the activation after it is.
+    """
+
+    weight: str
+    odd: bool
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What a calibration did.
@@ -68,7 +81,7 @@ class Calibration:
         passes: gradient passes over the batch that it took, in their cost.
         samples: in the batch.
         bounds: smallest and largest scale allowed.
-        of_biases: factor on the biases among the weights, besides their scale.
+        of_biases: by name of each bias among the weights, a factor on it besides its scale.
     """
 
     scales: Mapping[str, float]
@@ -79,7 +92,7 @@ class Calibration:
     passes: float
     samples: int
     bounds: tuple[float, float]
-    of_biases: float
+    of_biases: Mapping[str, float]
 
 
 def check(function: str, target: Target) -> None:
@@ -125,7 +138,7 @@ def calibrate(
     weights: Mapping[str, Any],
     others: Mapping[str, Any],
     streams: Mapping[str, int],
-    beside: Mapping[str, str],
+    beside: Mapping[str, Beside],
     depth: int,
     seed: int,
     group: Group,
@@ -141,7 +154,7 @@ def calibrate(
         weights: by name, at scale one: arrays of NumPy or the framework.
         others: values of other parameters that stand for the model's own.
         streams: of weights that get one scale together, by name: which stream they write to.
-        beside: of biases among the weights, by name: the weight whose scale they get.
+        beside: the biases among the weights, by name.
         depth: weight layers in the model's longest chain.
         seed: of the samples taken and of random signs.
         group: processes that share the batch.
@@ -163,11 +176,12 @@ def calibrate(
         with objective.named_errors():
             return optimizer_step(network, target.optimizer, gradient, values)
 
-    places = _places(weights, {**streams, **{name: streams.get(weight, weight) for name, weight in beside.items()}})
+    places = _places(weights, {**streams, **{n: streams.get(bias.weight, bias.weight) for n, bias in beside.items()}})
     probe = NetworkProbe(objective, placed(weights), placed(others), places, step)
     degree = probe.step.degree
-    of_biases = degree + SIGN_LIKE_BIASES * (1 - degree)
-    probe.base |= {name: of_biases * probe.base[name] for name in beside}
+    of_signs = {name: SIGN_LIKE_ODD_BIASES if bias.odd else SIGN_LIKE_BIASES for name, bias in beside.items()}
+    of_biases = {name: degree + factor * (1 - degree) for name, factor in of_signs.items()}
+    probe.base |= {name: factor * probe.base[name] for name, factor in of_biases.items()}
     budget = _range(target.budget, degree, depth)
     bounds = MIN_SCALE, target.max_scale
     solution = solve(probe, max(places) + 1, budget, target.level, bounds)

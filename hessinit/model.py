@@ -365,10 +365,9 @@ def _write(network: Network, values: Mapping[str, Any]) -> None:
 def _scaled(start: Base, calibration: Calibration, streams: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Row]]:
     """Values and rows after the calibration."""
     values, rows = dict(start.values), dict(start.rows)
-    for name in start.beside:  # drawn before the kind of step was known
-        values[name] = values[name] * np.asarray(calibration.of_biases, values[name].dtype)
-        std, drawn = rows[name].std * calibration.of_biases, rows[name].std_drawn * calibration.of_biases
-        rows[name] = replace(rows[name], std=std, std_drawn=drawn)
+    for name, factor in calibration.of_biases.items():  # drawn before the kind of step was known
+        values[name] = values[name] * np.asarray(factor, values[name].dtype)
+        rows[name] = replace(rows[name], std=rows[name].std * factor, std_drawn=rows[name].std_drawn * factor)
     writers = Counter(streams.values())
     for name, scale in calibration.scales.items():
         values[name] = values[name] * np.asarray(scale, values[name].dtype)

@@ -163,17 +163,38 @@ def pair_gain(nonlinearity: str | Activation = "relu") -> float | None:
         Balduzzi et al., "The Shattered Gradients Problem: If resnets are the answer, then what is the question?",
         ICML 2017, section 4 (the "looks linear" initialization).
     """
-    u = _PAIRS
     try:
-        up, down = (np.asarray(activation(nonlinearity)(x), np.float64) for x in (u, -u))
+        odd, even = _odd_and_even(nonlinearity)
     except Exception:  # of any kind: the function is the caller's
         return None
-    slope = float(u @ (up - down) / (u @ u))
-    bent = np.linalg.norm(up - down - slope * u)
-    alike = np.linalg.norm(up + down)
-    if not (slope > 0 and bent <= 0.01 * np.linalg.norm(up - down) and alike >= 0.1 * np.linalg.norm(up - down)):
+    slope = float(_PAIRS @ odd / (_PAIRS @ _PAIRS))
+    bent = np.linalg.norm(odd - slope * _PAIRS)
+    if not (slope > 0 and bent <= 0.01 * np.linalg.norm(odd) and np.linalg.norm(even) >= 0.1 * np.linalg.norm(odd)):
         return None
     return slope / 2**0.5
+
+
+def is_odd(nonlinearity: str | Activation) -> bool:
+    """Whether ``φ(-u) = -φ(u)``, as of tanh: without biases the whole net is such a function, then.
+
+    Args:
+        nonlinearity: name or vectorised function, see :func:`activation`.
+
+    Example:
+        >>> [name for name in ACTIVATIONS if is_odd(name)]
+        ['linear', 'tanh', 'hardtanh', 'softsign', 'sin']
+    """
+    try:
+        odd, even = _odd_and_even(nonlinearity)
+    except Exception:  # of any kind: the function is the caller's
+        return False
+    return bool(np.linalg.norm(even) <= 0.01 * np.linalg.norm(odd))
+
+
+def _odd_and_even(nonlinearity: str | Activation) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """``φ(u) - φ(-u)`` and ``φ(u) + φ(-u)``."""
+    up, down = (np.asarray(activation(nonlinearity)(u), np.float64) for u in (_PAIRS, -_PAIRS))
+    return up - down, up + down
 
 
 _PAIRS = np.linspace(0.1, 3.0, 30)

@@ -75,9 +75,9 @@ def test_a_schedule_counts_with_its_peak():
         assert torch.allclose(a, b, rtol=1e-4)
 
 
-def few(optimizer=None, inputs=20, **options):
+def few(optimizer=None, inputs=20, activation=nn.Tanh, **options):
     """A net of three layers with a budget for SGD at 0.1, or an optimizer, and its report."""
-    model = mlp(nn.Tanh, inputs)
+    model = mlp(activation, inputs)
     x = torch.randn(96, inputs, generator=torch.Generator().manual_seed(0))
     step = {"lr": 0.1} if optimizer is None else {"optimizer": optimizer(model.parameters())}
     return hessinit.init_(
@@ -89,9 +89,11 @@ def biases(model):
     return [model[k].bias.detach() for k in (0, 2, 4)]
 
 
-@pytest.mark.parametrize(("optimizer", "factor"), [(None, 1), (torch.optim.AdamW, 2)])
-def test_a_first_layer_of_few_inputs_has_biases_that_share_its_scale(optimizer, factor):
-    model, report = few(optimizer)
+@pytest.mark.parametrize(("activation", "odd"), [(nn.ReLU, 1), (nn.SiLU, 1), (nn.Tanh, 2), (nn.Softsign, 2)])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW])
+def test_a_first_layer_of_few_inputs_has_biases_that_share_its_scale(optimizer, activation, odd):
+    factor = 1 if optimizer is None else 2 * odd
+    model, report = few(optimizer, activation=activation)
     first, *others = biases(model)
     assert not any(bias.any() for bias in others)
     weight, bias = report["0.weight"], report["0.bias"]
@@ -101,7 +103,8 @@ def test_a_first_layer_of_few_inputs_has_biases_that_share_its_scale(optimizer, 
     assert first.square().mean().sqrt().item() == pytest.approx(bias.std, rel=1e-4)
     assert abs(first.mean().item()) < bias.std / 2
     assert report.calibration.after.sharpness == pytest.approx(report.calibration.solution.best.sharpness)
-    assert all(torch.equal(a, b) for a, b in zip(biases(few(optimizer)[0]), biases(model), strict=True))
+    again, _ = few(optimizer, activation=activation)
+    assert all(torch.equal(a, b) for a, b in zip(biases(again), biases(model), strict=True))
     units = report.calibration.after.units
     assert set(units) == {"0.weight", "2.weight", "4.weight"}
 
