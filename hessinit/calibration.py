@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hessinit.batches import Batches, inputs_and_targets
-from hessinit.budget import Solution, solve
+from hessinit.budget import NO_GAIN, Solution, solve
 from hessinit.draw import stream
 from hessinit.networks.base import Array, Arrays, Group, Named
 from hessinit.objective import Forward, Objective
@@ -24,8 +24,8 @@ SIGN_LIKE_BIASES, SIGN_LIKE_ODD_BIASES = 2.0, 4.0
 """Factor on biases for steps that do not shrink with the gradient, which make a bias no faster than a weight; and after
 an odd activation, without biases an odd net, which has most to learn. Proportional steps may diverge with either."""
 DEEP = 15  # layers in a row, above which both ends of the range fall as 1/depth: the steps of many layers multiply
-NO_GAIN = 2.0  # the step sharpness at which a step gains nothing
 LEVEL = 0.3, 1.0
+OPENED = 6.0  # times lower may the level be where proportional steps would diverge; others turn back by themselves
 MIN_SCALE, MAX_SCALE = 1 / 20, 4.0
 SAMPLES = 256
 FEWEST, TERMS = 32, 2048  # samples of many loss terms each (texts, images of labels) go by their terms
@@ -184,7 +184,8 @@ def calibrate(
     probe.base |= {name: factor * probe.base[name] for name, factor in of_biases.items()}
     budget = _range(target.budget, degree, depth)
     bounds = MIN_SCALE, target.max_scale
-    solution = solve(probe, max(places) + 1, budget, target.level, bounds)
+    floor = target.level[0] / OPENED**degree
+    solution = solve(probe, max(places) + 1, budget, target.level, bounds, floor)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
     scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}

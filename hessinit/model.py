@@ -162,7 +162,8 @@ def init_(
         num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
             Default 256, or fewer of texts and label images: 2048 loss terms, at least 32 samples.
         level: lowest and highest root mean square of the class-centred logits (regression: of the outputs, in standard
-            deviations of the targets). Default (0.3, 1.0).
+            deviations of the targets). Default (0.3, 1.0). Where proportional steps stay sharper than 2 otherwise, as
+            on deep regressions at large rates, it may fall to a sixth of the lowest.
         budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional
             steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
             do not shrink as it does; of L > 15 layers in a row, 15/L of both.

@@ -173,6 +173,22 @@ def test_a_sharpness_above_its_range_is_lowered_by_the_level_as_far_as_its_band_
     assert 0.3 < solution.best.level < 0.9
 
 
+def test_where_a_step_would_do_harm_the_level_leaves_its_band():
+    # Equal traces are the least at a level, and ρ goes with it: to 6, and to 1.5, at the lower end of the band.
+    harmful, modest = (
+        budget.solve(Homogeneous([1, 1], sharpness=rho), 2, target, (0.3, 1.0), SCALES, floor=0.05)
+        for rho, target in ((10.0, (0.7, 2.0)), (2.5, (0.07, 0.2)))
+    )
+    assert harmful.met
+    assert harmful.best.level == pytest.approx(0.1, rel=0.1)
+    assert not modest.met
+    assert modest.best.level == pytest.approx(0.3, rel=0.02)
+    for floor, reached in ((0.05, 0.05), (None, 0.3)):
+        beyond = budget.solve(Homogeneous([1, 1], sharpness=1e3), 2, (0.7, 2.0), (0.3, 1.0), SCALES, floor)
+        assert beyond.reason.startswith("cannot be met: lowest reachable ρ is ")
+        assert beyond.best.level == pytest.approx(reached, rel=0.02)
+
+
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
 def test_a_step_up_is_for_the_lower_end_of_the_range(power):
     net = Homogeneous([40, 2, 1], sharpness=0.01, power=power)

@@ -77,10 +77,12 @@ def test_squares_are_those_of_one_sample_after_the_other(name):
     [
         nn.Conv1d(8, 64, 5, padding=2, stride=2),
         nn.Conv2d(8, 64, 3, groups=2, padding="same"),
+        nn.Conv2d(8, 64, 3, padding=(2, 1), stride=(2, 1), dilation=(1, 2)),
+        nn.Conv2d(8, 64, 3, padding=1, padding_mode="reflect"),
         nn.ConvTranspose2d(8, 64, 3, stride=2),
         nn.Conv3d(8, 64, 3, padding=1, padding_mode="circular"),
     ],
-    ids=["1d", "2d, groups", "transposed", "3d, circular"],
+    ids=["1d", "2d, groups", "2d, steps", "2d, reflect", "transposed", "3d, circular"],
 )
 @pytest.mark.parametrize("size", [4, 20])
 def test_large_and_small_convolutions(layer, size):
@@ -93,8 +95,10 @@ def test_large_and_small_convolutions(layer, size):
     u = torch.randn_like(z)
     squared, _ = pull([u])
     sums, _ = one_by_one(layer, x, u)
+    totals, _ = pull([u], total=True)
     for name in ("weight", "bias"):
         torch.testing.assert_close(squared[name], sums[name], rtol=1e-10, atol=0)
+        torch.testing.assert_close(totals[name], sums[name].sum(), rtol=1e-10, atol=0)
 
 
 class Product(nn.Module):

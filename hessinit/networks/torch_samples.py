@@ -184,6 +184,8 @@ def parts(call: Call, rows: Sequence[int], reached: Tensor, total: bool = False)
     node: Any = call.edge.node
     if node.name() == "ConvolutionBackward0" and rows == [0] and call.names.keys() <= {1, 2}:
         batched[1] = node._saved_input.detach()  # padded, where that is apart
+        if total and _is_unrolled(node, reached):
+            return _of_unrolled(node, call.names, reached.to(wide), batched[1].to(wide))
         of_many = of_one = _of_convolution(node, call.names)
         if entries * math.prod(reached.shape[2:]) > LARGE:
             one_by_one(of_one)
@@ -239,20 +241,46 @@ def _of_products(call: Call, reached: Tensor, total: bool) -> list[Tensor]:
     """Of many rows a sample, ``g_s = U_sᵀ X_s``, whose squares have the sum of ``U_s U_sᵀ ⊙ X_s X_sᵀ``."""
     x = call.arguments[0].flatten(1, -2).to(reached.dtype)
     (_, rows, inputs), outputs = x.shape, reached.shape[2]
-    of_rows = total and rows * (inputs + outputs) < inputs * outputs  # which is less to compute
+    of_rows = total and _are_few(rows, inputs, outputs)
     most = max(1, MOST // max(1, rows * rows if of_rows else inputs * outputs))
     left, right = (reached, x) if call.function is F.linear else (x, reached)
 
     def weight() -> Tensor:
-        some = zip(left.split(most), right.split(most), strict=True)
-        if of_rows:
-            return torch.stack([torch.sum((u @ u.mT) * (v @ v.mT)) for u, v in some]).sum()
-        squared = left.new_zeros(left.shape[2], right.shape[2])
-        for u, v in some:
-            squared += (u.mT @ v).square().sum(0)
+        squared = left.new_zeros(() if of_rows else (left.shape[2], right.shape[2]))
+        for u, v in zip(left.split(most), right.split(most), strict=True):
+            squared += _sum_by_rows(u, v) if of_rows else (u.mT @ v).square().sum(0)
         return squared
 
     return [weight() if place == 1 else reached.sum(1).square().sum(0) for place in call.names]
+
+
+def _are_few(rows: int, inputs: int, outputs: int) -> bool:
+    """Whether products of rows are less to compute than derivatives."""
+    return rows * (inputs + outputs) < inputs * outputs
+
+
+def _sum_by_rows(u: Tensor, v: Tensor) -> Tensor:
+    return torch.sum((u @ u.mT) * (v @ v.mT))
+
+
+def _is_unrolled(node: Any, reached: Tensor) -> bool:
+    """Of a convolution with few positions, whose sum of squares is least to compute as that of the product it is."""
+    weight = node._saved_weight
+    plain = weight.ndim == 4 and node._saved_groups == 1 and not node._saved_transposed
+    return plain and _are_few(math.prod(reached.shape[2:]), weight[0].numel(), len(weight))
+
+
+def _of_unrolled(node: Any, names: Mapping[int, str], reached: Tensor, x: Tensor) -> list[Tensor]:
+    """The sums of squares of a convolution's parameters, a row a position."""
+    kernel, u = node._saved_weight.shape[2:], reached.flatten(2).mT
+    steps = node._saved_dilation, node._saved_padding, node._saved_stride
+    most = max(1, MOST // (u.shape[1] * max(u.shape[1], node._saved_weight[0].numel())))
+
+    def weight() -> Tensor:
+        some = zip(torch.split(u, most), torch.split(x, most), strict=True)
+        return torch.stack([_sum_by_rows(part, F.unfold(of_x, kernel, *steps).mT) for part, of_x in some]).sum()
+
+    return [weight() if place == 1 else u.sum(1).square().sum(0) for place in names]
 
 
 def _of_convolution(node: Any, names: Mapping[int, str]) -> OfSample:
