@@ -163,10 +163,10 @@ def pair_gain(nonlinearity: str | Activation = "relu") -> float | None:
         Balduzzi et al., "The Shattered Gradients Problem: If resnets are the answer, then what is the question?",
         ICML 2017, section 4 (the "looks linear" initialization).
     """
-    try:
-        odd, even = _odd_and_even(nonlinearity)
-    except Exception:  # of any kind: the function is the caller's
+    parts = _odd_and_even(nonlinearity)
+    if parts is None:
         return None
+    odd, even = parts
     slope = float(_PAIRS @ odd / (_PAIRS @ _PAIRS))
     bent = np.linalg.norm(odd - slope * _PAIRS)
     if not (slope > 0 and bent <= 0.01 * np.linalg.norm(odd) and np.linalg.norm(even) >= 0.1 * np.linalg.norm(odd)):
@@ -184,17 +184,17 @@ def is_odd(nonlinearity: str | Activation) -> bool:
         >>> [name for name in ACTIVATIONS if is_odd(name)]
         ['linear', 'tanh', 'hardtanh', 'softsign', 'sin']
     """
+    parts = _odd_and_even(nonlinearity)
+    return parts is not None and bool(np.linalg.norm(parts[1]) <= 0.01 * np.linalg.norm(parts[0]))
+
+
+def _odd_and_even(nonlinearity: str | Activation) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+    """``φ(u) - φ(-u)`` and ``φ(u) + φ(-u)``; None of a function that cannot be evaluated."""
     try:
-        odd, even = _odd_and_even(nonlinearity)
+        up, down = (np.asarray(activation(nonlinearity)(u), np.float64) for u in (_PAIRS, -_PAIRS))
+        return up - down, up + down
     except Exception:  # of any kind: the function is the caller's
-        return False
-    return bool(np.linalg.norm(even) <= 0.01 * np.linalg.norm(odd))
-
-
-def _odd_and_even(nonlinearity: str | Activation) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """``φ(u) - φ(-u)`` and ``φ(u) + φ(-u)``."""
-    up, down = (np.asarray(activation(nonlinearity)(u), np.float64) for u in (_PAIRS, -_PAIRS))
-    return up - down, up + down
+        return None
 
 
 _PAIRS = np.linspace(0.1, 3.0, 30)

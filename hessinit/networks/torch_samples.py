@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,9 +246,12 @@ def _of_products(call: Call, reached: Tensor, total: bool) -> list[Tensor]:
     left, right = (reached, x) if call.function is F.linear else (x, reached)
 
     def weight() -> Tensor:
-        squared = left.new_zeros(() if of_rows else (left.shape[2], right.shape[2]))
-        for u, v in zip(left.split(most), right.split(most), strict=True):
-            squared += _sum_by_rows(u, v) if of_rows else (u.mT @ v).square().sum(0)
+        some = zip(left.split(most), right.split(most), strict=True)
+        if of_rows:
+            return _sum_by_rows(some)
+        squared = left.new_zeros(left.shape[2], right.shape[2])
+        for u, v in some:
+            squared += (u.mT @ v).square().sum(0)
         return squared
 
     return [weight() if place == 1 else reached.sum(1).square().sum(0) for place in call.names]
@@ -259,8 +262,9 @@ def _are_few(rows: int, inputs: int, outputs: int) -> bool:
     return rows * (inputs + outputs) < inputs * outputs
 
 
-def _sum_by_rows(u: Tensor, v: Tensor) -> Tensor:
-    return torch.sum((u @ u.mT) * (v @ v.mT))
+def _sum_by_rows(some: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """``Σ_s |U_sᵀ X_s|²``, of some samples after the other."""
+    return torch.stack([torch.sum((u @ u.mT) * (x @ x.mT)) for u, x in some]).sum()
 
 
 def _is_unrolled(node: Any, reached: Tensor) -> bool:
@@ -274,11 +278,11 @@ def _of_unrolled(node: Any, names: Mapping[int, str], reached: Tensor, x: Tensor
     """The sums of squares of a convolution's parameters, a row a position."""
     kernel, u = node._saved_weight.shape[2:], reached.flatten(2).mT
     steps = node._saved_dilation, node._saved_padding, node._saved_stride
-    most = max(1, MOST // (u.shape[1] * max(u.shape[1], node._saved_weight[0].numel())))
+    most = max(1, MOST // max(1, u.shape[1] * max(u.shape[1], node._saved_weight[0].numel())))
 
     def weight() -> Tensor:
-        some = zip(torch.split(u, most), torch.split(x, most), strict=True)
-        return torch.stack([_sum_by_rows(part, F.unfold(of_x, kernel, *steps).mT) for part, of_x in some]).sum()
+        unrolled = (F.unfold(images, kernel, *steps).mT for images in torch.split(x, most))
+        return _sum_by_rows(zip(torch.split(u, most), unrolled, strict=True))
 
     return [weight() if place == 1 else u.sum(1).square().sum(0) for place in names]
 
