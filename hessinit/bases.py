@@ -150,7 +150,7 @@ def _beside(
             follower = followers.get(named[WEIGHT])
             data = _first_data(follower)
             if follower is not None and data is not None and rules.input_bias_std(data.numbers):
-                found[named[BIAS]] = Beside(named[WEIGHT], rules.is_odd(follower.function))
+                found[named[BIAS]] = Beside(named[WEIGHT], follower.function)
     return found
 
 

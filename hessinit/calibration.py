@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hessinit import rules
 from hessinit.batches import Batches, inputs_and_targets
 from hessinit.budget import NO_GAIN, Solution, solve
 from hessinit.draw import stream
 from hessinit.networks.base import Array, Arrays, Group, Named
 from hessinit.objective import Forward, Objective
 from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
+from hessinit.quadrature import Activation
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
@@ -25,8 +27,9 @@ SIGN_LIKE_BIASES, SIGN_LIKE_ODD_BIASES = 2.0, 4.0
 an odd activation, without biases an odd net, which has most to learn. Proportional steps may diverge with either."""
 DEEP = 15  # layers in a row, above which both ends of the range fall as 1/depth: the steps of many layers multiply
 LEVEL = 0.3, 1.0
+BENT = 2.0  # times higher may it be in tables, for proportional steps: of most activations, smaller is more linear
 OPENED = 6.0  # times lower may the level be where proportional steps would diverge; others turn back by themselves
-MIN_SCALE, MAX_SCALE = 1 / 20, 4.0
+MIN_SCALE, MAX_SCALE = 1 / 100, 8.0
 SAMPLES = 256
 FEWEST, TERMS = 32, 2048  # samples of many loss terms each (texts, images of labels) go by their terms
 
@@ -40,7 +43,7 @@ class Target:
         lr: of plain SGD; None where an optimizer is given.
         optimizer: of the framework; None where a learning rate is given.
         budget: c, or lowest and highest step sharpness; None for the default of the optimizer's kind.
-        level: lowest and highest level.
+        level: lowest and highest level; None for the default.
         max_scale: largest scale.
         num_samples: of the batch; None for the default.
         forward: of (model, batch), returns outputs and targets; None for the framework's way.
@@ -50,7 +53,7 @@ class Target:
     lr: float | None = None
     optimizer: Any = None
     budget: float | tuple[float, float] | None = None
-    level: tuple[float, float] = LEVEL
+    level: tuple[float, float] | None = None
     max_scale: float = MAX_SCALE
     num_samples: int | None = None
     forward: Forward | None = None
@@ -61,11 +64,11 @@ class Beside(NamedTuple):
 
     Args:
         weight: of its layer, whose scale it gets.
-        odd: whether the activation after it is.
+        activation: that follows.
     """
 
     weight: str
-    odd: bool
+    activation: str | Activation
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def check(function: str, target: Target) -> None:
             positive(name, value)
     if target.max_scale < 1:
         raise ValueError(f"{function}: max_scale must be at least 1; got {target.max_scale!r}.")
-    pair("level", target.level)
+    if target.level is not None:
+        pair("level", target.level)
     if isinstance(target.budget, Sequence):
         pair("budget", target.budget)
     elif target.budget is not None:
@@ -179,13 +183,12 @@ def calibrate(
     places = _places(weights, {**streams, **{n: streams.get(bias.weight, bias.weight) for n, bias in beside.items()}})
     probe = NetworkProbe(objective, placed(weights), placed(others), places, step)
     degree = probe.step.degree
-    of_signs = {name: SIGN_LIKE_ODD_BIASES if bias.odd else SIGN_LIKE_BIASES for name, bias in beside.items()}
-    of_biases = {name: degree + factor * (1 - degree) for name, factor in of_signs.items()}
+    of_biases = {name: _of_bias(bias, degree) for name, bias in beside.items()}
     probe.base |= {name: factor * probe.base[name] for name, factor in of_biases.items()}
     budget = _range(target.budget, degree, depth)
     bounds = MIN_SCALE, target.max_scale
-    floor = target.level[0] / OPENED**degree
-    solution = solve(probe, max(places) + 1, budget, target.level, bounds, floor)
+    level = target.level or _level(beside.values(), degree)
+    solution = solve(probe, max(places) + 1, budget, level, bounds, level[0] / OPENED**degree)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
     scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}
@@ -210,6 +213,18 @@ def _range(budget: float | tuple[float, float] | None, degree: float, depth: int
         c, share = SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree, min(1.0, DEEP / depth)
         return c * share, NO_GAIN * share
     return (budget[0], budget[1]) if isinstance(budget, Sequence) else (budget, budget)
+
+
+def _level(beside: Iterable[Beside], degree: float) -> tuple[float, float]:
+    """Lowest and highest level."""
+    bent = any(not rules.is_homogeneous(bias.activation) for bias in beside)
+    return LEVEL[0], LEVEL[1] * (BENT**degree if bent else 1.0)
+
+
+def _of_bias(bias: Beside, degree: float) -> float:
+    """The factor on a bias."""
+    of_signs = SIGN_LIKE_ODD_BIASES if rules.is_odd(bias.activation) else SIGN_LIKE_BIASES
+    return degree + of_signs * (1 - degree)
 
 
 def take(batches: Batches, num_samples: int | None, arrays: Arrays, seed: int) -> tuple[Any, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from hessinit import rules
 from hessinit.bases import Base, closed_form, current
 from hessinit.batches import ONE_AT_A_TIME, Batches, at_the_end, inputs_and_targets, out_of_memory, random_states_kept
-from hessinit.calibration import LEVEL, MAX_SCALE, Calibration, Target, calibrate, take
+from hessinit.calibration import MAX_SCALE, Calibration, Target, calibrate, take
 from hessinit.calibration import check as check_target
 from hessinit.draw import check_distribution
 from hessinit.networks import wrap
@@ -46,7 +46,7 @@ class Options(TypedDict, total=False):
     forget_bias: float | None
     forward: Forward | None
     num_samples: int | None
-    level: tuple[float, float]
+    level: tuple[float, float] | None
     budget: float | tuple[float, float] | None
     max_scale: float
     process_group: Any
@@ -89,7 +89,7 @@ def init_(
     forget_bias: float | None = None,
     forward: Forward | None = None,
     num_samples: int | None = None,
-    level: tuple[float, float] = LEVEL,
+    level: tuple[float, float] | None = None,
     budget: float | tuple[float, float] | None = None,
     max_scale: float = MAX_SCALE,
     process_group: Any = None,
@@ -162,12 +162,15 @@ def init_(
         num_samples: samples that the budget is measured on, at random from data in memory, the first ones of a loader.
             Default 256, or fewer of texts and label images: 2048 loss terms, at least 32 samples.
         level: lowest and highest root mean square of the class-centred logits (regression: of the outputs, in standard
-            deviations of the targets). Default (0.3, 1.0). Where proportional steps stay sharper than 2 otherwise, as
-            on deep regressions at large rates, it may fall to a sixth of the lowest.
+            deviations of the targets). Default (0.3, 1.0); for proportional steps (0.3, 2.0) where the first biases are
+            random and smaller weights would make the net more linear, as with all activations but ReLU's kind. Where
+            proportional steps stay sharper than 2 otherwise, as on deep regressions at large rates, it may fall to a
+            sixth of the lowest.
         budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional
             steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
             do not shrink as it does; of L > 15 layers in a row, 15/L of both.
-        max_scale: largest factor on a weight, at least 1; the smallest is 1/20. Default 4.
+        max_scale: largest factor on a weight, at least 1, default 8; the smallest is 1/100. Where outputs do not follow
+            the weight, as before a norm, at most 4 and at least 1/20.
         process_group: torch models: a ``torch.distributed`` group whose processes all make this call, each with its
             share of the batch, and end with the same weights: the seed is the first process's, the budget is measured
             on all shares, and an error in one raises in all before anything is written. Default: the group of a model

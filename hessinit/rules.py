@@ -188,10 +188,30 @@ def is_odd(nonlinearity: str | Activation) -> bool:
     return parts is not None and bool(np.linalg.norm(parts[1]) <= 0.01 * np.linalg.norm(parts[0]))
 
 
-def _odd_and_even(nonlinearity: str | Activation) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
+def is_homogeneous(nonlinearity: str | Activation) -> bool:
+    """Whether ``φ(2u) = 2 φ(u)``, as of ReLU, for u up to 3: smaller weights make no more linear a net, then.
+
+    Args:
+        nonlinearity: name or vectorised function, see :func:`activation`.
+
+    Example:
+        >>> [name for name in ACTIVATIONS if is_homogeneous(name)]
+        ['linear', 'relu', 'relu6']
+    """
+    single, double = (_odd_and_even(nonlinearity, scale) for scale in (1.0, 2.0))
+    if single is None or double is None:
+        return False
+    off = [np.linalg.norm(b - 2 * a) for a, b in zip(single, double, strict=True)]
+    return bool(max(off) <= 0.01 * np.linalg.norm(double))
+
+
+def _odd_and_even(
+    nonlinearity: str | Activation, scale: float = 1.0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
     """``φ(u) - φ(-u)`` and ``φ(u) + φ(-u)``; None of a function that cannot be evaluated."""
+    u = scale * _PAIRS
     try:
-        up, down = (np.asarray(activation(nonlinearity)(u), np.float64) for u in (_PAIRS, -_PAIRS))
+        up, down = (np.asarray(activation(nonlinearity)(v), np.float64) for v in (u, -u))
         return up - down, up + down
     except Exception:  # of any kind: the function is the caller's
         return None

@@ -4,9 +4,9 @@ The defaults of ``hessinit.init_`` (c, the level's band, the bounds on scales) w
 plain nets, LeNet-5 and a ResNet with batch norm. The others confirm them, but for what was found elsewhere: that a
 sharpness above its range is lowered by the level first, with a look at the MLP of 12 layers; units in pairs, with a
 look at plain ReLU nets of 12 to 50, and none before the output layer, at all plain nets here; that weights of one
-residual stream share a factor, on transformers and residual nets that are not here; and that a step is tried
-again shorter which takes the level far beyond where it should go, and biases for few inputs, on regressions and tables
-that are not here either.
+residual stream share a factor, on transformers and residual nets that are not here; that a step is tried again
+shorter which takes the level far beyond where it should go, and biases for few inputs, on regressions and tables that
+are not here either; and that SGD's level may be higher there, on such after a look at the regression here.
 
 Every run: batches of 64, the images and epochs of ``STUDY``; the mean loss of the batches of the last fifth of the last
 epoch. He, Glorot, orthogonal (torch's gain), torch's default and the closed form are the rivals; the budget raises the

@@ -223,6 +223,17 @@ def test_a_norm_takes_the_budget_by_shrinking_the_weights_before_it():
     assert (solution.best.theta[:2] < 0).all()
 
 
+@pytest.mark.parametrize(("trace", "normed", "plain"), [(-1.0, 1 / 20, 1 / 100), (1.0, 4.0, 100.0)])
+def test_weights_that_the_outputs_do_not_follow_have_closer_bounds(trace, normed, plain):
+    for level, bound in ((0.0, normed), (1.0, plain)):
+        way = Plane([trace, -trace], [level, level])
+        answer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 100, 100.0))
+        assert np.exp(answer.best.theta[0]) == pytest.approx(bound)
+        assert np.exp(budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 2, 2.0)).best.theta[0]) == pytest.approx(
+            2**trace
+        )
+
+
 def test_the_way_back_to_the_band_ends_a_quarter_of_it_from_its_edge_and_slack_is_no_reason_to_go():
     for level, end in (5.0, 0.3**0.25), (1.03, 0.3**0.25), (0.05, 0.3**0.75), (0.29, 0.3**0.75):
         solution = solve(Plane([1, -1], [1, 1], start=level), 2, ANY)
@@ -441,9 +452,10 @@ def test_the_best_point_is_the_nearest_also_where_a_later_one_was_gone_on_from()
 
 def test_what_cannot_be_met_is_said():
     # Equal traces are the least at a level, which then falls to the end of its band, and the trace with it.
-    solution = solve(Homogeneous([1, 1]), 2, 0.01)
-    assert solution.reason == "cannot be met: lowest reachable ρ is 0.06"
-    assert solution.best.level == pytest.approx(0.3)
+    for target, is_ in ((0.04, "is"), (0.01, "is about")):
+        solution = solve(Homogeneous([1, 1]), 2, target)
+        assert solution.reason == f"cannot be met: lowest reachable ρ {is_} 0.06"
+        assert solution.best.level == pytest.approx(0.3)
     # One layer has no say in its own curvature.
     alone = solve(Homogeneous([3.0]), 1, 0.2, scales=(1 / 20, 1.5))
     assert alone.reason == "cannot be met: highest reachable ρ is 0.1"
@@ -451,6 +463,22 @@ def test_what_cannot_be_met_is_said():
     assert solve(Normalised([4, 2, 1]), 3, 1e-3).reason.startswith("cannot be met: lowest reachable ρ is ")
     loud = solve(Homogeneous([1.0], level=5.0), 1, (1e-3, 10.0), scales=(0.5, 2.0))
     assert loud.reason == "cannot be met: nearest reachable level is 2.5"
+
+
+@pytest.mark.parametrize(("third", "probes"), [(0.4, 3), (0.2, 4)])
+def test_the_way_down_ends_where_a_step_brings_less_than_a_quarter_of_what_is_lacking(third, probes):
+    slow = Told((1.0, 0.35), (0.5, 0.3), (third, 0.3), (0.19, 0.3), trace=(1, 0.5))
+    solution = budget.solve(slow, 2, (0.001, 0.1), (0.3, 1.0), SCALES, max_probes=4)
+    assert [point.sharpness for point in solution.points] == [1.0, 0.5, third, 0.19][:probes]
+    back = Told((1.0, 0.2), (1.0, 0.35), (0.1, 0.3))  # but for steps that were to bring back the level
+    assert budget.solve(back, 2, (0.001, 0.1), (0.3, 1.0), SCALES).met
+
+
+@pytest.mark.parametrize("layers", [2, 400])
+def test_a_short_step_of_many_layers_is_a_step(layers):
+    net = Homogeneous(np.ones(layers), sharpness=0.11 * math.exp(0.01))
+    assert solve(net, layers, 0.1).met
+    assert len(solve(net, layers, 0.1).points) == 2
 
 
 class Deep(Homogeneous):

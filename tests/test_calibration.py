@@ -9,7 +9,7 @@ from torch import nn
 
 import hessinit
 from hessinit import curvature, rules
-from hessinit.calibration import MIN_SCALE
+from hessinit.calibration import MAX_SCALE, MIN_SCALE
 
 
 def data(samples=128, inputs=20, classes=5, seed=0):
@@ -140,6 +140,27 @@ def test_all_biases_are_zero_where_inputs_are_many_or_not_known_to_a_chain():
     assert not images[0].bias.any()  # 9 numbers a unit, 144 a sample
     closed = hessinit.init_(mlp(), x, seed=0)
     assert not any(bias.any() for bias in biases(closed))
+
+
+@pytest.mark.parametrize("activation", [nn.GELU, nn.Tanh, nn.ReLU])
+def test_the_level_may_be_twice_as_high_for_sgd_on_tables_unless_activations_are_homogeneous(activation):
+    generator = torch.Generator().manual_seed(0)
+
+    def level(inputs=20, **options):
+        x = torch.randn(96, inputs, generator=generator)
+        net = nn.Sequential(nn.Linear(inputs, 32), activation(), nn.Linear(32, 1))
+        if "optimizer" in options:
+            options["optimizer"] = options["optimizer"](net.parameters(), 0.001)
+        net, report = hessinit.init_(net, (x, x[:, :1] / 2), "mse", seed=0, return_report=True, **options)
+        assert report.calibration.before.level > 1.05
+        return report.calibration.after.level
+
+    assert (level(lr=0.01) > 1.05) == (activation is not nn.ReLU)
+    assert level(lr=0.01) < 2.05
+    assert level(lr=0.01, level=(0.3, 1.0)) < 1.05
+    assert level(lr=0.01, inputs=rules.FEW_INPUTS + 1) < 1.05
+    assert level(lr=0.01, exclude="*.bias") < 1.05  # there are none then
+    assert level(optimizer=torch.optim.Adam) < 1.05
 
 
 def test_a_bias_that_is_left_stays():
@@ -290,7 +311,7 @@ def test_extremes_stay_within_the_bounds(case):
     else:
         model, y, loss = mlp(classes=1), 100 + 30 * x[:, :1], "mse"
     _, report = hessinit.init_(model, (x, y), loss, lr=0.1, seed=0, return_report=True)
-    assert all(MIN_SCALE * 0.999 <= s <= 4.001 for s in report.calibration.scales.values())
+    assert all(MIN_SCALE * 0.999 <= s <= MAX_SCALE * 1.001 for s in report.calibration.scales.values())
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert str(report).count("\n") >= len(report) + 3
 

@@ -335,7 +335,7 @@ def test_the_readme_says_how_the_rivals_did():
     assert adam.lr["budget"] == adam.lr["orthogonal_gain"] == 0.001
     for name in ("orthogonal_gain", "closed_form", "budget"):
         assert adam.low[name] < 0 < adam.high[name]
-    assert f"{adam.width['budget'] / adam.width['he_normal']:.1f}" == "8.8"
+    assert f"{adam.width['budget'] / adam.width['he_normal']:.1f}" == "51.2"
     assert adam.width.drop("budget_unpaired").idxmax() == "budget"
     runs = pd.read_csv(FIGURES / "fig5_learning_rates.csv")
     here = runs[(runs.optimizer == "adam") & (runs.lr == 0.001)].pivot(
@@ -347,13 +347,13 @@ def test_the_readme_says_how_the_rivals_did():
     assert behind.mean() < stats.t.ppf(0.975, 4) * behind.sem()
     least = runs[(runs.optimizer == "adam") & (runs.lr == 1e-5)].groupby("initializer").last_fifth_loss.mean()
     assert list(least.drop("budget_unpaired").nsmallest(2).index) == ["budget", "slides"]
-    assert [f"{least[name]:.3f}" for name in ("budget", "slides", "he_normal")] == ["0.428", "0.739", "0.934"]
+    assert [f"{least[name]:.3f}" for name in ("budget", "slides", "he_normal")] == ["0.342", "0.739", "0.934"]
     small = runs[(runs.optimizer == "sgd") & (runs.lr < 0.1) & (runs.initializer == "gradinit")]
     assert set((small.last_fifth_loss > 1).groupby(small.lr).sum()) == {1, 3}
     shares = pd.read_csv(FIGURES / "fig8_cost_and_gain.csv").groupby("initializer").share
     ends = {name: [f"{share:.0%}" for share in (own.min(), own.max())] for name, own in shares}
     assert ends["metainit"] == ["61%", "72%"]
-    assert ends["budget"] == ["6%", "8%"]
+    assert ends["budget"] == ["6%", "7%"]
     assert ends["gradinit"] == ["46%", "54%"]
 
 
@@ -492,7 +492,7 @@ def learning_rate_lines(problem, optimizer):
 
 def test_the_budget_is_about_as_good_at_any_learning_rate():
     """784-128-84-10, ReLU, five seeds: where He's loss doubles."""
-    for optimizer, most, ratio in (("sgd", 0.325, 1.02), ("adam", 0.3305, 1.04)):
+    for optimizer, most, ratio in (("sgd", 0.326, 1.025), ("adam", 0.3305, 1.04)):
         lines = learning_rate_lines("mlp", optimizer)
         ours, theirs = (
             [line.last_fifth_loss[0] for key, line in lines.items() if key[:2] == (name, "relu") and key[2] < 0.6]
@@ -591,8 +591,7 @@ def test_the_readmes_exponents_are_the_committed_ones():
     table = pd.read_csv(FIGURES / "fig_growth.csv")
     exponents = script.exponents(table)
     time = exponents.time.unstack("panel")
-    slow, others = time.layers["budget"], time.drop(index="gradient").stack().drop(("budget", "layers"))
-    assert f"time at most {others.max():.2f} in the exponent (the budget over layers {slow:.2f}," in readme
+    assert f"time at most {time.drop(index='gradient').max(axis=None):.2f} in the exponent" in readme
     assert f"memory at most {exponents.memory.max():.2f}" in readme
     largest = table[table.panel == "parameters"]
     largest = largest[largest["size"] == largest["size"].max()]
@@ -684,16 +683,10 @@ def test_the_readmes_count_of_settings_is_the_committed_one():
 
     table = pd.read_csv(FIGURES / "fig10_sensitivity.csv")
     verdicts = study.verdicts(table)
-    assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (76, 47, 5)
-    behind = verdicts[verdicts.errors > 2].assign(ratio=lambda t: (t.budget / t.rival).map("{:.2f}".format))
-    bent = behind.problem == "friedman"
-    assert sorted(behind.ratio[~bent]) == ["1.01", "1.01", "1.02", "1.03"]
-    assert set(behind.lr[~bent]) == {0.3, 3e-3}
-    assert [tuple(line) for line in behind[bent][["activation", "optimizer", "lr", "ratio"]].to_numpy()] == [
-        ("tanh", "sgd", 0.01, "1.32"),
-    ]
-    assert list(behind[bent].best) == ["closed_form"]
-    assert [f"{x:.3f}" for x in behind[bent][["budget", "rival"]].to_numpy()[0]] == ["0.262", "0.199"]
+    assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (76, 48, 4)
+    behind = verdicts[verdicts.errors > 2]
+    assert sorted((behind.budget / behind.rival).map("{:.2f}".format)) == ["1.01", "1.01", "1.02", "1.03"]
+    assert set(behind.lr) == {0.3, 3e-3}
     noise = verdicts[verdicts.errors.between(0, 2) & (verdicts.budget > 1.005 * verdicts.rival)]
     ratios = (noise.budget / noise.rival).map("{:.2f}".format)
     assert sorted(ratios) == ["1.01", "1.01", "1.01", "1.02", "1.03", "1.12"]
@@ -710,5 +703,5 @@ def test_the_readmes_count_of_settings_where_pairs_help_is_the_committed_one():
     )
     difference = (pairs - none).groupby(keys)
     errors = difference.mean() / difference.std() * difference.count() ** 0.5
-    assert ((errors < -2).sum(), (errors > 2).sum(), len(errors)) == (22, 2, 76)
+    assert ((errors < -2).sum(), (errors > 2).sum(), len(errors)) == (20, 2, 76)
     assert abs((pairs / none)[:, "tanh"] - 1).max() == 0  # tanh has no pairs: the same runs

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 import hessinit
+from hessinit.calibration import MAX_SCALE, MIN_SCALE
 
 CLASSES = 5
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.Tanh, nn.SiLU, nn.ELU, nn.PReLU, nn.Identity)
@@ -108,6 +109,6 @@ def test_every_parameter_is_accounted_for_and_the_first_loss_is_that_of_a_guess(
         parameter = named[row.name]
         assert parameter.isfinite().all()
         assert row.touched or torch.equal(parameter, before[row.name]), row
-        assert math.isnan(row.scale) or 1 / 20 * 0.999 <= row.scale <= 4 * 1.001
+        assert math.isnan(row.scale) or MIN_SCALE * 0.999 <= row.scale <= MAX_SCALE * 1.001
     loss = F.cross_entropy(model(x), y).item()
     assert 0.3 * math.log(CLASSES) < loss < math.log(CLASSES) + 1.5
