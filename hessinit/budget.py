@@ -89,11 +89,13 @@ class Solution:
         best: the probe that comes nearest to what was asked for.
         reason: ``"met"``, or what stood in the way.
         points: all probes in order.
+        bounds: smallest and largest log scales, shape (2, size).
     """
 
     best: Point
     reason: str
     points: tuple[Point, ...]
+    bounds: Vector
 
     @property
     def met(self) -> bool:
@@ -209,7 +211,7 @@ def solve(
         reason = f"cannot be met: lowest reachable ρ is about {answer.sharpness:.2g}"
     else:
         reason = f"stopped after {max_probes} probes at ρ = {answer.sharpness:.3g}"
-    return Solution(answer, reason, tuple(points))
+    return Solution(answer, reason, tuple(points), box)
 
 
 def _off(point: Point, goals: tuple[float, float]) -> float:

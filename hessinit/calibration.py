@@ -83,7 +83,7 @@ class Calibration:
         after: the net at these scales.
         passes: gradient passes over the batch that it took, in their cost.
         samples: in the batch.
-        bounds: smallest and largest scale allowed.
+        bounds: by name of the weight, the smallest and largest scale allowed.
         of_biases: by name of each bias among the weights, a factor on it besides its scale.
     """
 
@@ -94,7 +94,7 @@ class Calibration:
     after: State
     passes: float
     samples: int
-    bounds: tuple[float, float]
+    bounds: Mapping[str, tuple[float, float]]
     of_biases: Mapping[str, float]
 
 
@@ -186,12 +186,16 @@ def calibrate(
     of_biases = {name: _of_bias(bias, degree) for name, bias in beside.items()}
     probe.base |= {name: factor * probe.base[name] for name, factor in of_biases.items()}
     budget = _range(target.budget, degree, depth)
-    bounds = MIN_SCALE, target.max_scale
     level = target.level or _level(beside.values(), degree)
-    solution = solve(probe, max(places) + 1, budget, level, bounds, level[0] / OPENED**degree)
+    scales_allowed = MIN_SCALE, target.max_scale
+    solution = solve(probe, max(places) + 1, budget, level, scales_allowed, level[0] / OPENED**degree)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
-    scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}
+    scales, lowest, highest = (
+        {name: float(np.exp(theta[k])) for name, k in zip(weights, places, strict=True)}
+        for theta in (solution.best.theta, *solution.bounds)
+    )
+    bounds = {name: (lowest[name], highest[name]) for name in scales}
     count = int(group.sum(samples))
     return Calibration(scales, budget, solution, before, after, probe.passes, count, bounds, of_biases)
 

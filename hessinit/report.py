@@ -164,10 +164,11 @@ def _warnings(calibration: Calibration) -> list[str]:
     lines = []
     if not solution.met:
         lines.append(f"the budget was not met: {solution.reason}")
-    for what, edge in zip(("smallest", "largest"), calibration.bounds, strict=True):
-        held = [name for name, scale in scales.items() if math.isclose(scale, edge, rel_tol=1e-3)]
+    for end, what in enumerate(("smallest", "largest")):
+        edges = {name: calibration.bounds[name][end] for name in scales}
+        held = [f"{edge:g} of {n}" for n, edge in edges.items() if math.isclose(scales[n], edge, rel_tol=1e-3)]
         if held:
-            lines.append(f"at the {what} scale, {edge:g}: {', '.join(held)}")
+            lines.append(f"at the {what} scale: {', '.join(held)}")
     for kind, shares in (("dead", 0), ("saturated", 1)):
         found = {name: units[shares] for name, units in after.units.items() if units[shares] > 0}
         if found:

@@ -32,8 +32,14 @@ def test_shares_of_the_curvature_are_those_of_its_trace():
 def test_a_budget_out_of_reach_is_a_warning():
     report = report_of(net(), lr=1e-9, max_scale=2.0)
     assert report.warnings[0].startswith("the budget was not met: bounded by max_scale: ρ = ")
-    assert "at the largest scale, 2: 2.weight" in report.warnings
+    assert "at the largest scale: 2 of 2.weight" in report.warnings
     assert all(f"warning: {line}" in str(report) for line in report.warnings)
+
+
+def test_a_weight_before_a_norm_is_at_its_bound_sooner():
+    layers = net()
+    normed = nn.Sequential(layers[0], nn.BatchNorm1d(layers[0].out_features), *layers[1:])
+    assert "at the smallest scale: 0.05 of 0.weight" in report_of(normed, lr=1e-9).warnings
 
 
 def test_units_that_no_sample_moves_are_a_warning():
