@@ -23,8 +23,8 @@ Down, the way ends where a step brings less than a quarter of what is lacking: w
 and then no more (200 with ReLU, SGD at 0.1: 53, 0.96, 0.69, and the same in five more probes).
 
 A step sharper than two raises the loss, and one in proportion to the gradient makes the next one larger still. Where
-the way down ends, or half of the probes have come to nothing better, the band may be opened downwards: outputs near zero
-cost less.
+the way down ends, or half of the probes have come to nothing better, the band may be opened downwards: outputs near
+zero cost less.
 
 A weight before a norm, which the outputs do not follow, has closer bounds: nets with norms train worse with weights
 smaller than 1/20 (by 4 to 14 % at small learning rates) and GPTs with weights larger than 4 (by 5 %), others better.
