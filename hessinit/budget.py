@@ -196,12 +196,12 @@ def solve(
             else:  # beyond what slopes can tell
                 trust = float(np.abs(step).max()) / 2
             continue
-        back = outside != 0 and point.finite and _outside(point, band) == 0
+        landed = point.finite and _outside(point, band) == 0
+        back = outside != 0 and landed
         if distance(point) > distance(best) + (BACK if back else TOLERANCE / 2):  # too far, or into what is not finite
             trust = float(np.abs(step).max()) / 4
             continue
-        inside = outside == 0 == _outside(point, band)
-        spent = off < 0 and inside and math.log(best.sharpness / point.sharpness) < -WORTH * off
+        spent = off < 0 and outside == 0 and landed and math.log(best.sharpness / point.sharpness) < -WORTH * off
         ratio = _secant(best, point, float(slopes[0] @ step), ratio)
         best, slopes, trust = point, None, min(2 * trust, TRUST)
     answer = best if on_target(best) else min(points, key=distance)

@@ -191,11 +191,9 @@ def calibrate(
     solution = solve(probe, max(places) + 1, budget, level, scales_allowed, level[0] / OPENED**degree)
     before = probe.describe(solution.points[0])
     after = before if solution.best is solution.points[0] else probe.describe(solution.best)
-    scales, lowest, highest = (
-        {name: float(np.exp(theta[k])) for name, k in zip(weights, places, strict=True)}
-        for theta in (solution.best.theta, *solution.bounds)
-    )
-    bounds = {name: (lowest[name], highest[name]) for name in scales}
+    scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}
+    low, high = np.exp(solution.bounds)
+    bounds = {name: (float(low[k]), float(high[k])) for name, k in zip(weights, places, strict=True)}
     count = int(group.sum(samples))
     return Calibration(scales, budget, solution, before, after, probe.passes, count, bounds, of_biases)
 

@@ -6,7 +6,8 @@ sharpness above its range is lowered by the level first, with a look at the MLP 
 look at plain ReLU nets of 12 to 50, and none before the output layer, at all plain nets here; that weights of one
 residual stream share a factor, on transformers and residual nets that are not here; that a step is tried again
 shorter which takes the level far beyond where it should go, and biases for few inputs, on regressions and tables that
-are not here either; and that SGD's level may be higher there, on such after a look at the regression here.
+are not here either; and that SGD's level may be higher there, on such after a look at the regression here. The bounds
+were chosen on the development problems and on tables and texts that are not here.
 
 Every run: batches of 64, the images and epochs of ``STUDY``; the mean loss of the batches of the last fifth of the last
 epoch. He, Glorot, orthogonal (torch's gain), torch's default and the closed form are the rivals; the budget raises the

@@ -229,9 +229,8 @@ def test_weights_that_the_outputs_do_not_follow_have_closer_bounds(trace, normed
         way = Plane([trace, -trace], [level, level])
         answer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 100, 100.0))
         assert np.exp(answer.best.theta[0]) == pytest.approx(bound)
-        assert np.exp(budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 2, 2.0)).best.theta[0]) == pytest.approx(
-            2**trace
-        )
+        closer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 2, 2.0))
+        assert np.exp(closer.best.theta[0]) == pytest.approx(2**trace)
 
 
 def test_the_way_back_to_the_band_ends_a_quarter_of_it_from_its_edge_and_slack_is_no_reason_to_go():
