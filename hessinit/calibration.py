@@ -17,7 +17,7 @@ from hessinit.budget import NO_GAIN, Solution, solve
 from hessinit.draw import stream
 from hessinit.networks.base import Array, Arrays, Group, Named
 from hessinit.objective import Forward, Objective
-from hessinit.probe import NetworkProbe, State, Step, optimizer_step, sgd_step
+from hessinit.probe import GRADIENT, NetworkProbe, State, Step, optimizer_step, sgd_step, trained
 from hessinit.quadrature import Activation
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
@@ -173,29 +173,36 @@ def calibrate(
         like = network.values(list(values))
         return {name: arrays.asarray(value, like[name]) for name, value in values.items()}
 
-    def step(gradient: Named, values: Named) -> Step:
-        if target.optimizer is None:
-            assert target.lr is not None  # checked by the caller
-            return sgd_step(target.lr)
-        with objective.named_errors():
-            return optimizer_step(network, target.optimizer, gradient, values)
-
+    base, fixed = placed(weights), placed(others)
+    step, gradient = _step(objective, target, base, fixed)
+    tried = 0.0 if gradient is None else GRADIENT
+    of_biases = {name: _of_bias(bias, step.degree) for name, bias in beside.items()}
+    base |= {name: factor * base[name] for name, factor in of_biases.items()}
     places = _places(weights, {**streams, **{n: streams.get(bias.weight, bias.weight) for n, bias in beside.items()}})
-    probe = NetworkProbe(objective, placed(weights), placed(others), places, step)
-    degree = probe.step.degree
-    of_biases = {name: _of_bias(bias, degree) for name, bias in beside.items()}
-    probe.base |= {name: factor * probe.base[name] for name, factor in of_biases.items()}
-    budget = _range(target.budget, degree, depth)
-    level = target.level or _level(beside.values(), degree)
+    probe = NetworkProbe(objective, base, fixed, places, step, None if of_biases else gradient)
+    del gradient
+    budget = _range(target.budget, step.degree, depth)
+    level = target.level or _level(beside.values(), step.degree)
     scales_allowed = MIN_SCALE, target.max_scale
-    solution = solve(probe, max(places) + 1, budget, level, scales_allowed, level[0] / OPENED**degree)
+    solution = solve(probe, max(places) + 1, budget, level, scales_allowed, level[0] / OPENED**step.degree)
     before = probe.describe(solution.points[0])
-    after = before if solution.best is solution.points[0] else probe.describe(solution.best)
+    after = probe.describe(solution.best)
     scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}
     low, high = np.exp(solution.bounds)
     bounds = {name: (float(low[k]), float(high[k])) for name, k in zip(weights, places, strict=True)}
     count = int(group.sum(samples))
-    return Calibration(scales, budget, solution, before, after, probe.passes, count, bounds, of_biases)
+    return Calibration(scales, budget, solution, before, after, tried + probe.passes, count, bounds, of_biases)
+
+
+def _step(objective: Objective, target: Target, base: Named, fixed: Named) -> tuple[Step, Named | None]:
+    """The first step, and the gradient if it took one to find out about the optimizer's."""
+    if target.optimizer is None:
+        assert target.lr is not None  # checked by the caller
+        return sgd_step(target.lr), None
+    objective.placed, names = {**fixed, **base}, trained(objective, base)
+    with objective.named_errors():
+        gradient = objective.gradient(names)
+        return optimizer_step(objective.network, target.optimizer, gradient, objective.values(names)), gradient
 
 
 def _places(weights: Iterable[str], together: Mapping[str, int | str]) -> list[int]:

@@ -119,7 +119,7 @@ def init_(
     is lowered by the level first. Δ is computed by a private copy of the optimizer, with its weight decay and parameter
     groups; momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak
     learning rate. The batch goes through the model in training mode, without dropout. It takes at most 60 gradient
-    passes over the batch, mostly 20 to 40.
+    passes over the batch, mostly 10 to 25.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
     error, or an interruption, leaves every parameter as it was. Frozen parameters, and those that Hugging Face's

@@ -7,12 +7,13 @@ With weights ``w_k = e^{θ_k} w_k⁰``, z the outputs on a batch and ``c = R ε`
     ∂ log T / ∂θ_k = 2 w_k · (D²(cᵀz) u)_k / T       one Hessian-vector product of a scalar, c held
     ∂ log r / ∂θ_k = w_k · (∇r)_k / r                one more backward pass
 
-c is held because its own change with the outputs is a matter of their level, which the budget keeps.
+c is held because its own change with the outputs is a matter of their level, which the budget keeps. What the report
+says of a point is noted when it is probed, so that it costs little more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,11 @@ import numpy as np
 from hessinit.batches import out_of_memory
 from hessinit.budget import Point, Vector
 from hessinit.draw import signs
-from hessinit.networks.base import Array, Arrays, Derivatives, Function, Named, Network, Parameter
+from hessinit.networks.base import Array, Arrays, Bend, Derivatives, Function, Named, Network, Parameter, Pull
 from hessinit.objective import Chunk, Objective
 
-GRADIENT, FORWARD, BACKWARD, PRODUCT = 1.0, 1 / 3, 2 / 3, 3.0  # in gradient passes; a JVP counts as a gradient
+GRADIENT, FORWARD, BACKWARD = 1.0, 1 / 3, 2 / 3  # in gradient passes; a JVP counts as a gradient
+EVEN = 1.01  # ratio of the growths of parameters, up to which they are one
 
 Update = Callable[[Named, Named], dict[str, Array]]  # of (gradient, values)
 
@@ -104,6 +106,17 @@ class State:
     units: Mapping[str, tuple[float, float]]
 
 
+@dataclass
+class _Seen:
+    """What was noted at some scales: numbers of :class:`State`, the last two None until they are known."""
+
+    loss: float
+    predicted: float
+    actual: float
+    curvature: Mapping[str, float] | None = None
+    units: Mapping[str, tuple[float, float]] | None = None
+
+
 class NetworkProbe:
     """A :class:`hessinit.budget.Probe` of a model on a batch; the model itself is not written to.
 
@@ -112,7 +125,8 @@ class NetworkProbe:
         base: the weights to be scaled, at scale one.
         placed: other values that stand for the model's own.
         places: of each weight to be scaled, the place of its log scale in θ, which several may share.
-        step: of the optimizer, from the objective's gradient.
+        step: of the optimizer.
+        gradient: at scale one, where it is known; the first probe is there.
     """
 
     def __init__(
@@ -121,83 +135,81 @@ class NetworkProbe:
         base: Named,
         placed: Named,
         places: Sequence[int],
-        step: Callable[[Named, Named], Step],
+        step: Step,
+        gradient: Named | None = None,
     ) -> None:
         self.objective, self.base, self.others, self.places = objective, dict(base), dict(placed), list(places)
-        self.trained = list(dict.fromkeys([*objective.select(None), *base]))
+        self.step, self.trained = step, trained(objective, base)
         self.arrays = objective.network.arrays
         self.derivatives = OrDifferences(objective.network.derivatives, self.arrays)
         self.passes = 0.0
-        self._place(np.zeros(max(places) + 1))
-        self.step = step(self._gradient(), self._values())
+        self._seen: dict[bytes, _Seen] = {}
+        self._known = gradient
 
     def measure(self, theta: Vector) -> tuple[float, float]:
-        """Step sharpness and level at these log scales: two passes."""
-        gains, step = self._first_step(theta)
+        """Step sharpness and level at these log scales: less than three passes."""
+        self._place(theta)
+        gradient, values = self._gradient(theta), self._values()
+        step = self.step.update(gradient, values)
+        gains = {name: self.arrays.dot(gradient[name], step[name]) for name in self.trained}
+        del gradient
         growth = {name: self.step.growth.get(name, 1.0) for name in step}
         gain = sum(growth[name] * gains[name] for name in gains)
+        after = self._loss_at({name: values[name] + d for name, d in step.items()})
+        least, most = min(growth.values()), max(growth.values())
+        first = None if 0 < most <= EVEN * least else self._along(step)[0]
         # Each part of the step goes as its grown one comes, so that there are never two of the whole.
         grown = {name: step.pop(name) if by == 1.0 else by * step.pop(name) for name, by in growth.items()}
-        form, level = self._along(grown)
+        form, level, loss = self._along(grown)
+        predicted = sum(gains.values()) + (form / most**2 if first is None else first) / 2
+        self._noted = self._seen[theta.tobytes()] = _Seen(loss, predicted, after - loss)
         return (form / abs(gain) if gain else float("nan")), level
 
     def slopes(self) -> tuple[Vector, Vector]:
-        """``∇ log T`` and ``∇ log r``: about five passes."""
-        self.passes += GRADIENT + BACKWARD + PRODUCT
+        """``∇ log T`` and ``∇ log r`` at the log scales measured last: less than four passes."""
+        self.passes += FORWARD + BACKWARD + self.derivatives.bend_passes
         loss, names = self.objective.loss, list(self.base)
         rng = self.objective.probe_stream(0)
 
         def work(chunk: Chunk) -> tuple[Array, Any]:
             values = self._values()
-            z, pull = self.derivatives.vjp(chunk.outputs, values)
+            z, pull, bend = self.derivatives.bend(chunk.outputs, chunk.along, values, self.trained, names)
             square, slope = self.derivatives.gradient(
                 lambda v: loss.level(v["z"], chunk.targets)[0], {"z": z}
             )  # in z alone
             risen = pull(slope["z"])
             level_slope = np.array([self.arrays.dot(values[n], risen[n]) / 2 for n in names])
-            c = self._rooted(chunk, z, rng)
-            pulled = pull(c)
-            u = {name: pulled[name] for name in self.trained}
-            del risen, pull, pulled  # and what the forward pass has kept for them
-            _, bent = self.derivatives.hvp(chunk.along(c), values, u, names)
-            return z, {
-                "trace": sum(self.arrays.dot(x, x) for x in u.values()),
+            del risen
+            u, bent = bend(self._rooted(chunk, z, rng))
+            return z, self._traces(u) | {
                 "trace slope": np.array([2 * self.arrays.dot(values[n], bent[n]) for n in names]),
                 "level": float(self.arrays.numpy(square)),
                 "level slope": level_slope,
             }
 
         found = self.objective.over_data(work)
+        self._note(self._noted, found)
         trace, level = (
             np.bincount(self.places, found[f"{name} slope"]).astype(np.float64) for name in ("trace", "level")
         )
-        return _ratio(trace, found["trace"]), _ratio(level, found["level"])
+        return _ratio(trace, sum(found["curvature"].values())), _ratio(level, found["level"])
 
     def describe(self, point: Point) -> State:
-        """Everything the report says of a point that was measured: less than four passes."""
-        self.passes += GRADIENT + 2 * FORWARD
-        gains, step = self._first_step(point.theta)
-        form, _ = self._along(step)
-        rng = self.objective.probe_stream(0)
-        weights = [name for name in self.base if self.objective.parameters[name].layout is not None]
+        """Everything the report says of a point that was measured: one pass, none where its slopes were asked for."""
+        seen = self._seen[point.theta.tobytes()]
+        if seen.curvature is None:
+            self._place(point.theta)
+            self.passes += GRADIENT
+            rng = self.objective.probe_stream(0)
 
-        def work(chunk: Chunk) -> tuple[Array, dict[str, Array]]:
-            z, pull = self.derivatives.vjp(chunk.outputs, self._values())
-            pulled = pull(self._rooted(chunk, z, rng))
-            return z, {
-                "curvature": {name: self.arrays.dot(pulled[name], pulled[name]) for name in self.trained},
-                "units": {n: unit_squares(self.arrays, self.objective.parameters[n], pulled[n]) for n in weights},
-            }
+            def work(chunk: Chunk) -> tuple[Array, dict[str, Any]]:
+                z, pull = self.derivatives.vjp(chunk.outputs, self._values())
+                return z, self._traces(pull(self._rooted(chunk, z, rng)))
 
-        found = self.objective.over_data(work)
-        loss = self.objective.value()
-        placed = dict(self.objective.placed)
-        self.objective.placed = {**placed, **{name: self._values()[name] + d for name, d in step.items()}}
-        actual = self.objective.value() - loss
-        self.objective.placed = placed
-        units = {name: _silent(squares) for name, squares in found["units"].items()}
-        predicted = sum(gains.values()) + form / 2
-        return State(loss, point.sharpness, point.level, predicted, actual, found["curvature"], units)
+            self._note(seen, self.objective.over_data(work))
+        assert seen.curvature is not None
+        assert seen.units is not None
+        return State(seen.loss, point.sharpness, point.level, seen.predicted, seen.actual, seen.curvature, seen.units)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -209,19 +221,26 @@ class NetworkProbe:
     def _values(self) -> dict[str, Array]:
         return self.objective.values(self.trained)
 
-    def _gradient(self) -> dict[str, Array]:
+    def _gradient(self, theta: Vector) -> Named:
+        known, self._known = self._known, None
+        if known is not None and not theta.any():
+            return known
         self.passes += GRADIENT
         return self.objective.gradient(self.trained)
 
-    def _first_step(self, theta: Vector) -> tuple[dict[str, float], dict[str, Array]]:
-        """``gᵀΔ`` by parameter and the first step Δ at these log scales, at which the net then stands."""
-        self._place(theta)
-        gradient = self._gradient()
-        step = self.step.update(gradient, self._values())
-        return {name: self.arrays.dot(gradient[name], step[name]) for name in self.trained}, step
+    def _loss_at(self, values: Named) -> float:
+        """The loss at other values of the parameters, finite or not: one forward pass."""
+        self.passes += FORWARD
+        loss = self.objective.loss
 
-    def _along(self, step: Named) -> tuple[float, float]:
-        """``ΔᵀGΔ`` and the level: one forward-mode pass."""
+        def work(chunk: Chunk) -> tuple[Array, float]:
+            z, _ = self.derivatives.jvp(chunk.outputs, values, {})
+            return self.arrays.asarray(0.0, z), float(self.arrays.numpy(loss.total(z, chunk.targets)))
+
+        return float(self.objective.over_data(work))
+
+    def _along(self, step: Named) -> tuple[float, float, float]:
+        """``ΔᵀGΔ``, the level and the loss: one forward-mode pass."""
         self.passes += GRADIENT
         loss = self.objective.loss
 
@@ -229,10 +248,30 @@ class NetworkProbe:
             z, dz = self.derivatives.jvp(chunk.outputs, self._values(), step)
             form = self.arrays.dot(dz, loss.product(z, chunk.targets, dz))
             square, number = loss.level(z, chunk.targets)
-            return z, np.array([form, float(self.arrays.numpy(square)), number])
+            total = loss.total(z, chunk.targets)
+            return z, {
+                "means": np.array([form, float(self.arrays.numpy(total))]),
+                "level": np.array([float(self.arrays.numpy(square)), number]),
+            }
 
-        form, square, number = self.objective.over_data(work)
-        return float(form), float(np.sqrt(square / number))
+        found = self.objective.over_data(work)
+        form, value = found["means"]
+        square, number = found["level"]
+        return float(form), float(np.sqrt(square / number)), float(value)
+
+    def _traces(self, pulled: Named) -> dict[str, Any]:
+        """A chunk's traces by parameter, and the squares that tell of its units."""
+        parameters = self.objective.parameters
+        weights = [name for name in self.base if parameters[name].layout is not None]
+        return {
+            "curvature": {name: self.arrays.dot(pulled[name], pulled[name]) for name in self.trained},
+            "units": {n: unit_squares(self.arrays, parameters[n], pulled[n]) for n in weights},
+        }
+
+    @staticmethod
+    def _note(seen: _Seen, found: Mapping[str, Any]) -> None:
+        seen.curvature = found["curvature"]
+        seen.units = {name: _silent(squares) for name, squares in found["units"].items()}
 
     def _rooted(self, chunk: Chunk, z: Array, rng: np.random.Generator) -> Array:
         """``R ε``. Where a loss has no root, ``D²_z ℓ ε`` of the length that its root would give on the whole."""
@@ -242,6 +281,11 @@ class NetworkProbe:
             return loss.root(z, y, epsilon)
         product = loss.product(z, y, epsilon)
         return product * (abs(self.arrays.dot(epsilon, product)) / (self.arrays.dot(product, product) or 1.0)) ** 0.5
+
+
+def trained(objective: Objective, weights: Iterable[str]) -> list[str]:
+    """Names of all parameters that train, and of these weights."""
+    return list(dict.fromkeys([*objective.select(None), *weights]))
 
 
 def unit_squares(arrays: Arrays, parameter: Parameter, pulled: Array) -> Vector:
@@ -271,7 +315,7 @@ class OrDifferences:
     """Derivatives, by central differences where the framework has none (a custom backward that cannot be derived)."""
 
     def __init__(self, derivatives: Derivatives, arrays: Arrays) -> None:
-        self.vjp, self.gradient = derivatives.vjp, derivatives.gradient
+        self.vjp, self.gradient, self.bend_passes = derivatives.vjp, derivatives.gradient, derivatives.bend_passes
         self._exact, self._arrays = derivatives, arrays
 
     def jvp(self, f: Function, values: Named, tangents: Named) -> tuple[Array, Array]:
@@ -285,16 +329,25 @@ class OrDifferences:
         plus, minus = (self._exact.vjp(f, moved)[0] for moved in (up, down))
         return self._exact.vjp(f, values)[0], (plus - minus) / (2 * h)
 
-    def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Array, dict[str, Array]]:
-        """A scalar ``f(values)`` and the rows of ``D²f tangents``."""
-        try:
-            return self._exact.hvp(f, values, tangents, rows)
-        except _MISSING as error:
-            if out_of_memory(error):
-                raise
-        up, down, h = self._moved(values, tangents)
-        plus, minus = (self._exact.gradient(f, moved)[1] for moved in (up, down))
-        return self._exact.gradient(f, values)[0], {n: (plus[n] - minus[n]) / (2 * h) for n in rows}
+    def bend(
+        self, f: Function, along: Callable[[Array], Function], values: Named, cols: Sequence[str], rows: Sequence[str]
+    ) -> tuple[Array, Pull, Bend]:
+        """``f(values)``, ``u → Jᵀu`` and :class:`hessinit.networks.base.Bend`."""
+        z, pull, exact = self._exact.bend(f, along, values, cols, rows)
+
+        def bend(c: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+            try:
+                return exact(c)
+            except _MISSING as error:
+                if out_of_memory(error):
+                    raise
+            pulled = pull(c)
+            u = {name: pulled[name] for name in cols}
+            up, down, h = self._moved(values, u)
+            plus, minus = (self._exact.gradient(along(c), moved)[1] for moved in (up, down))
+            return u, {n: (plus[n] - minus[n]) / (2 * h) for n in rows}
+
+        return z, pull, bend
 
     def _moved(self, values: Named, tangents: Named) -> tuple[dict[str, Array], dict[str, Array], float]:
         """Values a small way along tangents, up and down, and the way."""

@@ -202,7 +202,7 @@ def test_the_slopes_are_those_of_the_probe_itself(places):
     x, y = data()
     objective = Objective("test", model, (x.double(), y), "cross_entropy")
     base = {n: p.detach() for n, p in model.named_parameters() if p.ndim > 1}
-    probe = NetworkProbe(objective, base, {}, places, lambda gradient, values: sgd_step(0.1))
+    probe = NetworkProbe(objective, base, {}, places, sgd_step(0.1))
     theta = np.array([0.2, -0.1, 0.3])[: max(places) + 1]
     probe.measure(theta)
     trace, level = probe.slopes()
@@ -345,3 +345,88 @@ def test_loaders_dicts_and_tokens():
     batch = {"ids": ids, "labels": (ids + 1) % 11}
     _, report = hessinit.init_(Tokens(), batch, "cross_entropy", lr=1.0, seed=0, return_report=True)
     assert report.calibration.samples == 2048 // 20
+
+
+@pytest.mark.parametrize("momenta", [(0.0, 0.0), (0.9, 0.9), (0.9, 0.0)])
+def test_the_report_tells_of_the_first_step(momenta):
+    """Predicted and real change of the loss, against a step of the optimizer itself; momenta differ by layer."""
+    net, (x, y) = mlp(nn.Tanh), data()
+    groups = [{"params": net[k].parameters(), "momentum": m} for k, m in zip((0, 2), momenta, strict=True)]
+    optimizer = torch.optim.SGD([*groups, {"params": net[4].parameters(), "momentum": momenta[0]}], lr=0.05)
+    _, report = hessinit.init_(net, (x, y), "cross_entropy", optimizer=optimizer, seed=0, return_report=True)
+    loss = nn.functional.cross_entropy(net(x), y)
+    loss.backward()
+    gradient = {name: p.grad.clone() for name, p in net.named_parameters()}
+    step = {name: -0.05 * g for name, g in gradient.items()}
+    form = float(curvature.hessian(net, (x, y), "cross_entropy").quadratic_form(step))
+    optimizer.step()
+    after = report.calibration.after
+    assert after.loss == pytest.approx(loss.item(), rel=1e-5)
+    predicted = sum(float((gradient[name] * d).sum()) for name, d in step.items()) + form / 2
+    assert after.predicted == pytest.approx(predicted, rel=1e-3)
+    with torch.no_grad():
+        actual = nn.functional.cross_entropy(net(x), y) - loss
+    assert after.actual == pytest.approx(actual.item(), rel=1e-3)
+    assert after.actual < 0
+
+
+def test_a_step_into_what_is_not_finite_is_said_and_no_error():
+    """A first step of 1e38 overflows; the point itself does not."""
+    net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False))
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    report = hessinit.init_(net, (x, torch.randn(16, 2)), "mse", lr=1e30, budget=1.0, seed=0, return_report=True)[1]
+    assert not math.isfinite(report.calibration.before.actual)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_a_checkpointed_net_has_the_scales_of_the_same_one_without():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return self[4](checkpoint(lambda x: self[3](self[2](self[1](self[0](x)))), x, use_reentrant=False))
+
+    plain, kept = mlp(nn.Tanh), Checkpointed(*mlp(nn.Tanh))
+    reports = [
+        hessinit.init_(net, data(), "cross_entropy", lr=0.1, seed=0, return_report=True)[1] for net in (plain, kept)
+    ]
+    assert reports[1].calibration.scales == pytest.approx(reports[0].calibration.scales, rel=1e-5)
+    assert reports[1].calibration.passes == reports[0].calibration.passes
+
+
+def test_the_passes_of_a_plain_net_are_few():
+    """A probe takes a gradient, a JVP and a forward pass; one forward and three backward passes give its slopes."""
+    calls = []
+    net = mlp()
+    net.register_forward_hook(lambda *_: calls.append(1))
+    calibration = hessinit.init_(net, data(), "cross_entropy", lr=0.1, seed=0, return_report=True)[1].calibration
+    probes = len(calibration.solution.points)
+    assert calibration.passes <= probes * 7
+    assert len(calls) <= probes * 4 + 4
+
+
+def test_an_operation_without_second_derivatives_costs_accuracy_alone():
+    """By finite differences; the operation is the identity."""
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g
+
+    class Opaque(nn.Tanh):
+        def forward(self, x):
+            return Identity.apply(super().forward(x))
+
+    scales = []
+    for activation in (nn.Tanh, Opaque):
+        _, report = hessinit.rescale_(
+            hessinit.init_(mlp(activation), seed=0), data(), "cross_entropy", lr=0.1, seed=0, return_report=True
+        )
+        scales.append(list(report.calibration.scales.values()))
+    assert scales[1] == pytest.approx(scales[0], rel=0.01)
+    assert max(scales[0]) > 1.1

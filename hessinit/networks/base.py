@@ -17,6 +17,7 @@ Array = Any  # a tensor of the framework
 Named = Mapping[str, Array]
 Function = Callable[[Named], Array]  # of the values of parameters
 Pull = Callable[[Array], dict[str, Array]]
+Bend = Callable[[Array], tuple[dict[str, Array], dict[str, Array]]]  # c → u = Jᵀc and D²(cᵀf) u
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +191,30 @@ class Derivatives(Protocol):
 
     def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Array, dict[str, Array]]:
         """A scalar ``f(values)`` and the rows of ``D²f tangents``."""
+
+    bend_passes: float = 2 / 3 + 3  # of ``bend(c)``, in gradients
+
+    def bend(
+        self, f: Function, along: Callable[[Array], Function], values: Named, cols: Sequence[str], rows: Sequence[str]
+    ) -> tuple[Array, Pull, Bend]:
+        """``f(values)``, the map ``u → Jᵀu``, and the map from c to the columns of ``u = Jᵀc`` and, with them in place
+        of all of u, the rows of ``D²(cᵀf) u``; to be called once, as the last.
+
+        Args:
+            f: outputs.
+            along: of c, gives the function ``cᵀf``.
+            values: of parameters.
+            cols: names of parameters.
+            rows: likewise.
+        """
+        z, pull = self.vjp(f, values)
+
+        def bend(c: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+            pulled = pull(c)
+            u = {name: pulled[name] for name in cols}
+            return u, self.hvp(along(c), values, u, rows)[1]
+
+        return z, pull, bend
 
     def linearize(
         self, f: Function, values: Named, cols: Sequence[str], rows: Sequence[str]
