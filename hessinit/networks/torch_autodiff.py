@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointError
 
@@ -126,7 +126,7 @@ class TorchDerivatives(Derivatives):
                     u = _derivable(z, leaves, cols, c)
                 except CheckpointError:
                     u = _derivable(f(leaves), leaves, cols, c)
-            bent = _second(u, leaves, rows, keep=False)({name: g.detach() for name, g in u.items()})
+            bent = _second(_edges(u), leaves, rows, keep=False)({name: g.detach() for name, g in u.items()})
             return {n: u[n].detach() if n in u else torch.zeros_like(leaves[n]) for n in cols}, bent
 
         return z.detach(), _pull(z, leaves, lambda: f(leaves)), bend
@@ -209,8 +209,8 @@ def _curve(
     with torch.enable_grad():
         leaves = _leaves(values)
         value = f(leaves)
-        gradient = _derivable(value, leaves, cols)
-    return value.detach(), _second(gradient, leaves, rows, keep)
+        edges = _edges(_derivable(value, leaves, cols))
+    return value.detach(), _second(edges, leaves, rows, keep)
 
 
 def _derivable(z: Tensor, leaves: Named, names: Sequence[str], c: Tensor | None = None) -> dict[str, Tensor]:
@@ -226,18 +226,21 @@ def _derivable(z: Tensor, leaves: Named, names: Sequence[str], c: Tensor | None 
     return {name: g for name, g in zip(names, found, strict=True) if g is not None}
 
 
-def _second(gradient: Named, leaves: Named, rows: Sequence[str], keep: bool) -> Callable[[Named], dict[str, Tensor]]:
+def _edges(gradient: Named) -> dict[str, GradientEdge]:
+    """Where a derivative of gradients begins, without their values, which are as large as all parameters."""
+    return {name: get_gradient_edge(g) for name, g in gradient.items() if g.requires_grad}
+
+
+def _second(
+    gradient: Mapping[str, GradientEdge], leaves: Named, rows: Sequence[str], keep: bool
+) -> Callable[[Named], dict[str, Tensor]]:
     """The map from v to the rows of the derivative of ``gᵀv``, to be called once unless it is kept."""
-    bent = {name: g for name, g in gradient.items() if g.requires_grad}
 
     def along(tangents: Named) -> dict[str, Tensor]:
-        if not bent:
+        if not gradient:
             return {name: torch.zeros_like(leaves[name]) for name in rows}
-        g, directions = list(bent.values()), [tangents[name] for name in bent]
-        if not keep:
-            bent.clear()
-        into = [leaves[name] for name in rows]
-        found = torch.autograd.grad(g, into, directions, retain_graph=keep, allow_unused=True)
+        into, directions = [leaves[name] for name in rows], [tangents[name] for name in gradient]
+        found = torch.autograd.grad([*gradient.values()], into, directions, retain_graph=keep, allow_unused=True)
         return {n: torch.zeros_like(leaf) if h is None else h for n, leaf, h in zip(rows, into, found, strict=True)}
 
     return along
