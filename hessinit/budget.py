@@ -13,11 +13,12 @@ little, where bounds leave but two to shift between): at one level that is the s
 a deep saturating one from turning chaotic.
 
 Along ``d``, ``log ρ`` is taken to follow ``log T`` with a ratio that starts at one and is then read from the last two
-probes (a secant). Scales stay in a box; one that meets its bound is held there and the rest go on. A step ends where
-the first scale meets the trust region, as the rest of the way would be guesswork; and one on the way back into the
-level's band that takes the level far beyond is tried again shorter. Where layers saturate, the level falls faster than
-its slope says, and what the slopes would trade for it leaves a nearly linear net (10-64-64-1 with tanh, regression,
-Adam at 0.003: train loss 0.16, in place of 0.03).
+probes (a secant). Where ρ falls though the trace has risen, as in a large batch of noise, the way up goes on: the
+direction of the gradient changes, and ρ rises later. Scales stay in a box; one that meets its bound is held there and
+the rest go on. A step ends where the first scale meets the trust region, as the rest of the way would be guesswork; and
+one on the way back into the level's band that takes the level far beyond is tried again shorter. Where layers saturate,
+the level falls faster than its slope says, and what the slopes would trade for it leaves a nearly linear net
+(10-64-64-1 with tanh, regression, Adam at 0.003: train loss 0.16, in place of 0.03).
 
 Down, the way ends where a step brings less than a quarter of what is lacking: with many layers, ρ falls with the level
 and then no more (200 with ReLU, SGD at 0.1: 53, 0.96, 0.69, and the same in five more probes).
@@ -198,7 +199,8 @@ def solve(
             continue
         landed = point.finite and _outside(point, band) == 0
         back = outside != 0 and landed
-        if distance(point) > distance(best) + (BACK if back else TOLERANCE / 2):  # too far, or into what is not finite
+        climbs = off > 0 and outside == 0 and landed and float(slopes[0] @ step) > TOLERANCE
+        if not climbs and distance(point) > distance(best) + (BACK if back else TOLERANCE / 2):  # or not finite
             trust = float(np.abs(step).max()) / 4
             continue
         spent = off < 0 and outside == 0 and landed and math.log(best.sharpness / point.sharpness) < -WORTH * off

@@ -1,9 +1,10 @@
 """How time and memory grow with parameters, classes, layers and samples, and the exponent of each.
 
-Plain ReLU nets with random inputs and labels in float32 on one thread, one thing growing at a time: 784-w-w-10 from
-10,000 to 100 million parameters and 784-128-C with up to 50,000 classes, both with 64 samples, 784-256-…-256-10 with up
-to 200 layers and 512 samples, so that arithmetic takes the time and not memory, in whose caches few layers fit and many
-do not, and 784-512-512-10 with up to 8,192 samples. Each operation runs under torch's profiler first, then three times,
+Plain ReLU nets with random inputs and labels in float32 on one thread, one thing growing at a time: 784-w-w-w-w-10 from
+10,000 to 100 million parameters, so that the largest layer's share of them, which a derivative needs more than once,
+does not grow too, and 784-128-C with up to 50,000 classes, both with 64 samples, 784-256-…-256-10 with up to 200 layers
+and 512 samples, so that arithmetic takes the time and not memory, in whose caches few layers fit and many do not, and
+784-512-512-10 with up to 8,192 samples. Each operation runs under torch's profiler first, then three times,
 or once if it took over ten seconds. The exponent is the slope of a straight line through log time, or log memory, over
 the upper half of the sizes, as below it the time is Python's. Memory is the peak of what torch's allocator hands out,
 as in fig_cost; resident is the largest resident size of a process of its own that does all operations on one net.
@@ -31,7 +32,7 @@ from hessinit.experiments import plots
 from hessinit.experiments.models import torch_mlp
 
 SIZES: dict[str, tuple[int, ...]] = {
-    "parameters": (12, 40, 100, 300, 700, 2000, 3000, 9600),  # widths, see size
+    "parameters": (12, 40, 100, 300, 700, 1500, 3000, 5700),  # widths, see size
     "classes": (10, 100, 1000, 10_000, 50_000),
     "layers": (10, 20, 50, 100, 200),
     "samples": (32, 128, 512, 2048, 8192),
@@ -52,7 +53,7 @@ COLOURS = {
 def net(panel: str, value: int) -> tuple[tuple[int, ...], int]:
     """Widths of a net, and the samples it is given."""
     if panel == "parameters":
-        return (784, value, value, 10), 64
+        return (784, *(value,) * 4, 10), 64
     if panel == "classes":
         return (784, 128, value), 64
     if panel == "layers":
