@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy.fft import dct
+from scipy.linalg import solve_triangular
 from scipy.special import ndtr, ndtri
 
 from hessinit.layout import Layout
@@ -22,6 +23,7 @@ Stack = tuple[int, int, int]
 Law = Callable[[Stack, np.random.Generator, "npt.DTypeLike"], Weights]
 
 WIDEST = 1024  # short side of a matrix up to which it comes from a QR decomposition: 0.3 s
+TALL, MANY = 4, 2**20  # sides' ratio and entries from which a Cholesky factor does for QR, in a tenth of the time
 TRUNCATION = 2.0  # in standard deviations of the normal before truncation
 
 
@@ -44,19 +46,25 @@ def _truncated_normal(stack: Stack, rng: np.random.Generator, dtype: Any) -> Wei
 def _orthogonal(stack: Stack, rng: np.random.Generator, dtype: Any) -> Weights:
     """Semi-orthogonal rows or columns with the Frobenius norm of independent unit entries.
 
-    Uniform (Haar) from a QR decomposition, whose time grows with the third power of the width; for widths above
+    Uniform (Haar) from a QR decomposition, whose time grows with the third power of the width, and of a large tall
+    matrix, whose columns are almost orthogonal as drawn, from the Cholesky factor of their products; for widths above
     ``WIDEST`` three times a random permutation, random signs and a cosine transform, whose time grows with the number
     of entries times the logarithm of the width.
 
     References:
         F. Yu et al., "Orthogonal random features", NeurIPS 2016 (products of signs and fast transforms for uniform
-        orthogonal matrices).
+        orthogonal matrices). Y. Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", Electronic
+        Transactions on Numerical Analysis 2015 (the error is that of the square of the condition number, here below 9).
     """
     copies, outputs, inputs = stack
     long, short = max(outputs, inputs), min(outputs, inputs)
     if short <= WIDEST:
-        q, r = np.linalg.qr(rng.standard_normal((copies, long, short), dtype=dtype))
-        q = q * np.where(np.diagonal(r, axis1=1, axis2=2) < 0, -1, 1)[:, None, :]  # QR's own signs are not uniform
+        drawn = rng.standard_normal((copies, long, short), dtype=dtype)
+        if long >= TALL * short and long * short >= MANY:
+            q = np.stack([solve_triangular(np.linalg.cholesky(x.T @ x), x.T, lower=True).T for x in drawn])
+        else:
+            q, r = np.linalg.qr(drawn)
+            q = q * np.where(np.diagonal(r, axis1=1, axis2=2) < 0, -1, 1)[:, None, :]  # QR's own signs are not uniform
     else:
         q = np.stack([np.eye(long, short, dtype=dtype)] * copies)
         for turned in q:

@@ -134,3 +134,19 @@ def test_streams_differ_by_seed_and_by_name():
 def test_unknown_distribution_is_named():
     with pytest.raises(ValueError, match="f: distribution must be one of orthogonal, normal.*; got 'cauchy'"):
         check_distribution("cauchy", "f")
+
+
+@pytest.mark.parametrize("shape", [(2600, 404), (404, 2600), (1024, 1024), (4000, 128)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_large_tall_matrices_are_the_factor_that_qr_gives(shape, dtype):
+    """The orthogonal factor with a positive diagonal in the other is unique, whatever computes it."""
+    found = draw(shape, Layout("oi"), 1.0, "orthogonal", np.random.default_rng(3), dtype)
+    long, short = max(shape), min(shape)
+    numbers = np.random.default_rng(3).standard_normal((1, long, short), dtype=dtype)[0]
+    q, r = np.linalg.qr(numbers.astype(np.float64))
+    expected = q * np.sign(np.diagonal(r)) * long**0.5
+    tolerance = (
+        1e-10 if dtype is np.float64 else 2e-4
+    )  # of a square one, in the last columns, 10 times that of a tall one
+    assert found.dtype == dtype
+    assert np.abs(found - (expected if shape[0] >= shape[1] else expected.T)).max() < tolerance * long**0.5
