@@ -212,7 +212,7 @@ def solve(
     elif not best.finite:
         reason = _not_finite(answer)
     elif held:
-        reason = _bounded(answer, _off(answer, goals), box[1])
+        reason = _bounded(answer, _off(answer, goals), math.log(scales[1]))
     elif spent:
         reason = f"cannot be met: lowest reachable ρ is about {answer.sharpness:.2g}"
     else:
@@ -329,7 +329,7 @@ def _not_finite(point: Point) -> str:
     return f"not finite at ρ = {point.sharpness:.3g}, level {point.level:.3g}"
 
 
-def _bounded(point: Point, off: float, largest: Vector) -> str:
+def _bounded(point: Point, off: float, largest: float) -> str:
     if abs(off) <= TOLERANCE:
         return f"cannot be met: nearest reachable level is {point.level:.3g}"
     if off < 0:

@@ -249,14 +249,9 @@ class NetworkProbe:
             form = self.arrays.dot(dz, loss.product(z, chunk.targets, dz))
             square, number = loss.level(z, chunk.targets)
             total = loss.total(z, chunk.targets)
-            return z, {
-                "means": np.array([form, float(self.arrays.numpy(total))]),
-                "level": np.array([float(self.arrays.numpy(square)), number]),
-            }
+            return z, np.array([form, float(self.arrays.numpy(square)), number, float(self.arrays.numpy(total))])
 
-        found = self.objective.over_data(work)
-        form, value = found["means"]
-        square, number = found["level"]
+        form, square, number, value = self.objective.over_data(work)
         return float(form), float(np.sqrt(square / number)), float(value)
 
     def _traces(self, pulled: Named) -> dict[str, Any]:

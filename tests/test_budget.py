@@ -229,6 +229,7 @@ def test_weights_that_the_outputs_do_not_follow_have_closer_bounds(trace, normed
         way = Plane([trace, -trace], [level, level])
         answer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 100, 100.0))
         assert np.exp(answer.best.theta[0]) == pytest.approx(bound)
+        assert ("max_scale" in answer.reason) == (level == 1.0)  # a larger one would not help the others
         closer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 2, 2.0))
         assert np.exp(closer.best.theta[0]) == pytest.approx(2**trace)
 
