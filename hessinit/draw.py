@@ -23,7 +23,7 @@ Stack = tuple[int, int, int]
 Law = Callable[[Stack, np.random.Generator, "npt.DTypeLike"], Weights]
 
 WIDEST = 1024  # short side of a matrix up to which it comes from a QR decomposition: 0.3 s
-TALL, MANY = 4, 2**20  # sides' ratio and entries from which a Cholesky factor does for QR, in a tenth of the time
+TALL, MANY = 4, 2**20  # sides' ratio and entries from which a Cholesky factor does for QR, in a fifth of the time
 TRUNCATION = 2.0  # in standard deviations of the normal before truncation
 
 

@@ -166,7 +166,7 @@ class NetworkProbe:
         return (form / abs(gain) if gain else float("nan")), level
 
     def slopes(self) -> tuple[Vector, Vector]:
-        """``∇ log T`` and ``∇ log r`` at the log scales measured last: less than four passes."""
+        """``∇ log T`` and ``∇ log r`` at the log scales measured last: between four and five passes."""
         self.passes += FORWARD + BACKWARD + self.derivatives.bend_passes
         loss, names = self.objective.loss, list(self.base)
         rng = self.objective.probe_stream(0)
