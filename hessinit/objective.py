@@ -321,12 +321,14 @@ class Objective:
         if np.isnan(self.value(first=not self.batches.in_memory)):
             raise ValueError(f"{self.function}: the loss must be a number; got nan, of finite outputs.")
 
-    def value(self, first: bool = False) -> float:
-        """The loss; ``first``: of the first chunk alone."""
+    def value(self, first: bool = False, at: Named | None = None) -> float:
+        """The loss; ``first``: of the first chunk alone; ``at``: with other values of parameters, finite or not."""
+        arrays = self.network.arrays
 
         def work(chunk: Chunk) -> tuple[Array, float]:
-            z, _ = self.network.derivatives.jvp(chunk.outputs, self.placed, {})
-            return z, float(self.network.arrays.numpy(self.loss.total(z, chunk.targets)))
+            z, _ = self.network.derivatives.jvp(chunk.outputs, self.placed if at is None else at, {})
+            total = float(arrays.numpy(self.loss.total(z, chunk.targets)))
+            return z if at is None else arrays.asarray(0.0, z), total
 
         return float(self.over_data(work, first))
 

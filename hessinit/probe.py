@@ -155,7 +155,8 @@ class NetworkProbe:
         del gradient
         growth = {name: self.step.growth.get(name, 1.0) for name in step}
         gain = sum(growth[name] * gains[name] for name in gains)
-        after = self._loss_at({name: values[name] + d for name, d in step.items()})
+        self.passes += FORWARD
+        after = self.objective.value(at={**values, **{name: values[name] + d for name, d in step.items()}})
         least, most = min(growth.values()), max(growth.values())
         first = None if 0 < most <= EVEN * least else self._along(step)[0]
         # Each part of the step goes as its grown one comes, so that there are never two of the whole.
@@ -227,17 +228,6 @@ class NetworkProbe:
             return known
         self.passes += GRADIENT
         return self.objective.gradient(self.trained)
-
-    def _loss_at(self, values: Named) -> float:
-        """The loss at other values of the parameters, finite or not: one forward pass."""
-        self.passes += FORWARD
-        loss = self.objective.loss
-
-        def work(chunk: Chunk) -> tuple[Array, float]:
-            z, _ = self.derivatives.jvp(chunk.outputs, values, {})
-            return self.arrays.asarray(0.0, z), float(self.arrays.numpy(loss.total(z, chunk.targets)))
-
-        return float(self.objective.over_data(work))
 
     def _along(self, step: Named) -> tuple[float, float, float]:
         """``ΔᵀGΔ``, the level and the loss: one forward-mode pass."""

@@ -4,10 +4,10 @@ Plain ReLU nets with random inputs and labels in float32 on one thread, one thin
 10,000 to 100 million parameters, so that the largest layer's share of them, which a derivative needs more than once,
 does not grow too, and 784-128-C with up to 50,000 classes, both with 64 samples, 784-256-…-256-10 with up to 200 layers
 and 512 samples, so that arithmetic takes the time and not memory, in whose caches few layers fit and many do not, and
-784-512-512-10 with up to 8,192 samples. Each operation runs under torch's profiler first, then three times,
-or once if it took over ten seconds. The exponent is the slope of a straight line through log time, or log memory, over
-the upper half of the sizes, as below it the time is Python's. Memory is the peak of what torch's allocator hands out,
-as in fig_cost; resident is the largest resident size of a process of its own that does all operations on one net.
+784-512-512-10 with up to 8,192 samples. Each operation runs under torch's profiler first, then three times, or once if
+it took over ten seconds. The exponent is the slope of a straight line through log time, or log memory, over the upper
+half of the sizes, as below it the time is Python's. Memory is the peak of what torch's allocator hands out, as in
+fig_cost; resident is the largest resident size of a process of its own that does all operations on one net.
 """
 
 from __future__ import annotations

@@ -105,6 +105,19 @@ class Square(torch.autograd.Function):
         return 2 * x * g
 
 
+class Undifferentiable(torch.autograd.Function):
+    """The identity, with neither forward mode nor second derivatives."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        return g
+
+
 class CustomFunction(nn.Module):
     def __init__(self):
         super().__init__()

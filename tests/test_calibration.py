@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import Undifferentiable
 from torch import nn
 
 import hessinit
@@ -408,19 +409,9 @@ def test_the_passes_of_a_plain_net_are_few():
 def test_an_operation_without_second_derivatives_costs_accuracy_alone():
     """By finite differences; the operation is the identity."""
 
-    class Identity(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 1
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g):
-            return g
-
     class Opaque(nn.Tanh):
         def forward(self, x):
-            return Identity.apply(super().forward(x))
+            return Undifferentiable.apply(super().forward(x))
 
     scales = []
     for activation in (nn.Tanh, Opaque):
@@ -430,3 +421,17 @@ def test_an_operation_without_second_derivatives_costs_accuracy_alone():
         scales.append(list(report.calibration.scales.values()))
     assert scales[1] == pytest.approx(scales[0], rel=0.01)
     assert max(scales[0]) > 1.1
+
+
+def test_the_first_step_is_that_of_the_net_with_its_frozen_biases_set_to_zero():
+    net, (x, y) = mlp(nn.Tanh), data()
+    net[2].bias.requires_grad_(False).fill_(5.0)
+    _, report = hessinit.init_(net, (x, y), "cross_entropy", lr=0.05, include="*", seed=0, return_report=True)
+    loss = nn.functional.cross_entropy(net(x), y)
+    loss.backward()
+    with torch.no_grad():
+        for p in net.parameters():
+            p -= 0 if p.grad is None else 0.05 * p.grad
+        assert report.calibration.after.actual == pytest.approx(
+            (nn.functional.cross_entropy(net(x), y) - loss).item(), rel=1e-2
+        )

@@ -571,20 +571,9 @@ def test_against_curvlinops(name):
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
-class Undifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 1
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return g
-
-
 class Opaque(nn.Module):
     def forward(self, x):
-        return Undifferentiable.apply(x)
+        return cases.Undifferentiable.apply(x)
 
 
 def bad_inputs():

@@ -145,8 +145,6 @@ def test_large_tall_matrices_are_the_factor_that_qr_gives(shape, dtype):
     numbers = np.random.default_rng(3).standard_normal((1, long, short), dtype=dtype)[0]
     q, r = np.linalg.qr(numbers.astype(np.float64))
     expected = q * np.sign(np.diagonal(r)) * long**0.5
-    tolerance = (
-        1e-10 if dtype is np.float64 else 2e-4
-    )  # of a square one, in the last columns, 10 times that of a tall one
+    tolerance = 1e-10 if dtype is np.float64 else 2e-4  # for the last columns of a square one
     assert found.dtype == dtype
     assert np.abs(found - (expected if shape[0] >= shape[1] else expected.T)).max() < tolerance * long**0.5
