@@ -193,6 +193,8 @@ def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any,
         note += ", mirrored"
     if role.branches > 1:
         std, note = std / math.sqrt(role.branches), f"{note}, one of {role.branches} branches"
+    if follower.shortcut:
+        std, note = std * rules.SHORTCUT, f"{note}, beside a batch norm"
     values = draw(shape, p.layout, std, distribution, stream(seed, p.key), _wide(p), pairs)
     std_drawn = _rms(values)
     if p.zero_row is not None:

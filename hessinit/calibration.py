@@ -179,19 +179,19 @@ def calibrate(
     of_biases = {name: _of_bias(bias, step.degree) for name, bias in beside.items()}
     base |= {name: factor * base[name] for name, factor in of_biases.items()}
     places = _places(weights, {**streams, **{n: streams.get(bias.weight, bias.weight) for n, bias in beside.items()}})
-    probe = NetworkProbe(objective, base, fixed, places, step, None if of_biases else gradient)
+    probe = NetworkProbe(objective, base, fixed, places, step, None if of_biases else gradient, tried)
     del gradient
     budget = _range(target.budget, step.degree, depth)
     level = target.level or _level(beside.values(), step.degree)
-    scales_allowed = MIN_SCALE, target.max_scale
-    solution = solve(probe, max(places) + 1, budget, level, scales_allowed, level[0] / OPENED**step.degree)
+    scales_allowed, floor = (MIN_SCALE, target.max_scale), level[0] / OPENED**step.degree
+    solution = solve(probe, max(places) + 1, budget, level, scales_allowed, floor, affords=probe.affords)
     before = probe.describe(solution.points[0])
     after = probe.describe(solution.best)
     scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(weights, places, strict=True)}
     low, high = np.exp(solution.bounds)
     bounds = {name: (float(low[k]), float(high[k])) for name, k in zip(weights, places, strict=True)}
     count = int(group.sum(samples))
-    return Calibration(scales, budget, solution, before, after, tried + probe.passes, count, bounds, of_biases)
+    return Calibration(scales, budget, solution, before, after, probe.passes, count, bounds, of_biases)
 
 
 def _step(objective: Objective, target: Target, base: Named, fixed: Named) -> tuple[Step, Named | None]:

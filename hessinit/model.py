@@ -101,10 +101,11 @@ def init_(
     **Closed form** (no learning rate known). Each weight gets standard deviation ``1 / (g (fan_in fan_out)^(1/4))``
     (:mod:`hessinit.rules`), with the gain g of the activation that follows it and of the depth of the chain of layers
     that it belongs to; ``sqrt(K)`` times as much before an average pooling of K positions, ``1 / sqrt(L)`` of it at the
-    ends of L residual branches. Biases become zero, norm layers one and zero. The activation and the depth are read
-    from module order in ``nn.Sequential`` and from the graph of a Keras ``Sequential`` or functional model; for any
-    other model from one traced forward pass if ``batch`` is given; without, only layers that tell by themselves are
-    known (gates, attention, embeddings, PyTorch's transformer layers, Keras's layers with an activation), and for
+    ends of L residual branches, and a quarter of it where the outputs are added to those of a batch norm that they
+    would else drown, as a shortcut's are. Biases become zero, norm layers one and zero. The activation and the depth
+    are read from module order in ``nn.Sequential`` and from the graph of a Keras ``Sequential`` or functional model;
+    for any other model from one traced forward pass if ``batch`` is given; without, only layers that tell by themselves
+    are known (gates, attention, embeddings, PyTorch's transformer layers, Keras's layers with an activation), and for
     others ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain also takes the scale of the inputs out
     (:func:`hessinit.rules.input_layer_std`), and so does, where the graph or a batch tells, an embedding that a
     residual stream, a recurrent layer or attention begins with.
@@ -118,7 +119,7 @@ def init_(
     factor, so that none drowns the others. A ρ between c and 2, where a step gains nothing, is left as it is; above, it
     is lowered by the level first. Δ is computed by a private copy of the optimizer, with its weight decay and parameter
     groups; momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak
-    learning rate. The batch goes through the model in training mode, without dropout. It takes at most 60 gradient
+    learning rate. The batch goes through the model in training mode, without dropout. It takes at most 30 gradient
     passes over the batch, mostly 10 to 25.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An

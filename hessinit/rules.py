@@ -33,6 +33,9 @@ INPUT_VARIANCE = 0.5
 """Variance of the first pre-activations where the inputs are known; see :func:`input_layer_std`."""
 FEW_INPUTS = 100
 """Numbers in a sample up to which biases matter beside it; see :func:`input_bias_std`."""
+SHORTCUT = 0.25
+"""Factor on a weight whose outputs are added to a batch norm's: at one, in some draws, it would drown them. Not so with
+group norms: the budget's losses are 1 to 3 % lower with it at larger rates, and 12 % higher under Adam at 0.0001."""
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 

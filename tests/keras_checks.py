@@ -361,6 +361,21 @@ def test_the_branches_of_a_stream_without_norms_are_counted():
     assert {branches for name, branches in found.items() if "down" not in name} == {1}
 
 
+@pytest.mark.parametrize(("norm", "found"), [("BatchNormalization", ["skip"]), ("LayerNormalization", [])])
+def test_a_shortcut_beside_a_batch_norm_is_found(norm, found):
+    i = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, padding="same", name="stem")(i)
+    x = layers.ReLU()(getattr(layers, norm)()(x))
+    h = layers.Conv2D(8, 3, padding="same", strides=2, name="conv")(x)
+    h = getattr(layers, norm)()(h)
+    x = layers.ReLU()(layers.Add()([h, layers.Conv2D(8, 1, strides=2, name="skip")(x)]))
+    h = getattr(layers, norm)()(layers.Conv2D(8, 3, padding="same", name="next")(x))
+    x = layers.ReLU()(layers.Add()([h, x]))
+    net = keras.Model(i, layers.Dense(2, name="head")(layers.Flatten()(x)))
+    followers = adapter.KerasNetwork(net).followers(None)
+    assert [name.split("/")[-2] for name, follower in followers.items() if follower.shortcut] == found
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()

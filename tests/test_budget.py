@@ -440,6 +440,33 @@ def test_a_step_that_takes_the_level_far_beyond_where_it_should_go_is_stepped_ba
     assert len(solve(Told((0.2, level), (0.2, wrong)), 2, ANY, max_probes=2).points) == 2  # it will do if it must
 
 
+def test_slopes_that_cannot_be_afforded_are_those_of_the_point_before():
+    class Turning(Told):
+        """Its slopes change at every probe."""
+
+        def __init__(self, *numbers):
+            super().__init__(*numbers)
+            self.asked = 0
+
+        def slopes(self):
+            self.asked += 1
+            return self.trace * self.asked, self.level
+
+    def ways(afforded, *rho):
+        probe = Turning(*((x, 0.5) for x in rho))
+        found = budget.solve(
+            probe, 2, (0.8, 0.8), (0.3, 1.0), (1 / 100, 100.0), affords=lambda slopes: afforded(slopes, probe.asked)
+        )
+        return probe.asked, found
+
+    asked, solution = ways(lambda slopes, asked: not slopes or asked < 1, 0.1, 0.3, 0.8)
+    assert (asked, solution.reason) == (1, "met")
+    assert steps(solution)[1] == pytest.approx(math.log(0.8 / 0.3) / math.log(0.3 / 0.1) * steps(solution)[0], rel=0.5)
+    assert ways(lambda slopes, asked: True, 0.1, 0.3, 0.8)[0] == 2
+    asked, solution = ways(lambda slopes, asked: asked < 2, 0.1, 0.2, 0.3, 0.8)
+    assert (asked, solution.reason) == (2, "stopped after 3 probes at ρ = 0.3")
+
+
 def test_the_best_point_is_the_nearest_also_where_a_later_one_was_gone_on_from():
     class Flat(Told):
         def slopes(self):

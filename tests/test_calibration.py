@@ -35,7 +35,7 @@ def test_the_step_sharpness_is_the_one_asked_for(lr, activation):
     if report.calibration.solution.met:
         assert 0.7 * math.exp(-0.11) <= found <= 2 * math.exp(0.11)
         assert 0.29 <= report.calibration.after.level <= 2.06
-    assert report.calibration.passes <= 60
+    assert report.calibration.passes <= 30
 
 
 def test_optimizers_count_with_the_step_of_their_long_run():
@@ -404,6 +404,19 @@ def test_the_passes_of_a_plain_net_are_few():
     probes = len(calibration.solution.points)
     assert calibration.passes <= probes * 7
     assert len(calls) <= probes * 4 + 4
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("momenta", [(0.9, 0.9), (0.9, 0.5)])
+def test_a_long_way_ends_within_the_limit_of_passes(activation, momenta):
+    net = mlp(activation)
+    groups = [{"params": p, "momentum": momenta[p.ndim - 1]} for p in net.parameters()]
+    optimizer = torch.optim.SGD(groups, lr=1e-4)
+    _, report = hessinit.init_(net, data(), "cross_entropy", optimizer=optimizer, seed=0, return_report=True)
+    calibration = report.calibration
+    assert 20 < calibration.passes <= 30
+    assert len(calibration.solution.points) >= 4
+    assert calibration.after.sharpness > 10 * calibration.before.sharpness
 
 
 def test_an_operation_without_second_derivatives_costs_accuracy_alone():

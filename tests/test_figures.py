@@ -381,11 +381,11 @@ def test_the_readmes_depths_are_the_committed_ones():
     fifty = (table.problem == "mlp50") & (table.activation == "relu") & (table.lr == 0.1)
     assert (losses[fifty & (table.initializer == "budget")] < 2.2).sum() == 2
     assert losses[fifty & (table.initializer != "budget")].min() > 2.2
-    assert large.mlp100.min() > 2
+    assert f"{large.mlp100.min():.2f}" == "1.93"
     adam = mean.loc["adam", 0.001]
     assert (adam.loc["relu"].idxmin()[["mlp12", "mlp30", "mlp50"]] == "budget").all()
     both = adam.loc["tanh"].loc[["budget", "lsuv"], ["mlp50", "mlp100"]]
-    assert [f"{loss:.2f}" for loss in both.to_numpy().ravel()] == ["1.49", "2.03", "0.91", "1.44"]
+    assert [f"{loss:.2f}" for loss in both.to_numpy().ravel()] == ["1.44", "2.03", "0.91", "1.44"]
 
 
 def test_the_readmes_table_of_problems_is_the_committed_one():
@@ -683,7 +683,7 @@ def test_the_readmes_count_of_settings_is_the_committed_one():
 
     table = pd.read_csv(FIGURES / "fig10_sensitivity.csv")
     verdicts = study.verdicts(table)
-    assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (76, 48, 4)
+    assert (len(verdicts), (verdicts.errors < -2).sum(), (verdicts.errors > 2).sum()) == (76, 50, 4)
     behind = verdicts[verdicts.errors > 2]
     assert sorted((behind.budget / behind.rival).map("{:.2f}".format)) == ["1.01", "1.01", "1.02", "1.10"]
     assert set(behind.lr) == {0.3, 3e-3}
@@ -692,8 +692,7 @@ def test_the_readmes_count_of_settings_is_the_committed_one():
     assert sorted(ratios) == ["1.01", "1.01", "1.02", "1.11", "1.16"]
     assert round((verdicts.rival / verdicts.budget).max()) == 29
     norm = table[(table.problem == "resnet_bn") & (table.lr == 0.01) & (table.initializer == "budget")].last_fifth_loss
-    assert sorted(norm.round(2))[-3:] == [0.85, 0.88, 0.88]
-    assert (round(norm.min(), 2), round(norm[norm < 0.8].max(), 2)) == (0.48, 0.58)
+    assert norm.max() < 0.65  # and no longer 0.85 to 0.88
     diverged = table[table.status != "ok"]
     assert not diverged.initializer.str.startswith("budget").any()
     assert set(diverged[diverged.problem == "friedman"].initializer) == {"closed_form", "he_normal", "orthogonal_gain"}

@@ -424,6 +424,47 @@ def test_branches_side_by_side_and_shared_ones_are_counted():
     assert [found[f"{name}.weight"].stream for name in ("embed", "one", "two", "skip")] == [None, 0, 0, 0]
 
 
+def test_a_shortcut_beside_a_batch_norm_gets_a_quarter_of_the_closed_form():
+    class Block(nn.Module):
+        def __init__(self, norm, shortcut):
+            super().__init__()
+            self.one, self.first, self.two, self.second = (
+                nn.Conv2d(4, 8, 3, 2, 1),
+                norm(),
+                nn.Conv2d(8, 8, 3, 1, 1),
+                norm(),
+            )
+            self.skip = shortcut()
+
+        def forward(self, x):
+            return torch.relu(self.second(self.two(torch.relu(self.first(self.one(x))))) + self.skip(x))
+
+    def conv():
+        return nn.Conv2d(4, 8, 1, 2)
+
+    def stds(norm, shortcut=conv, block=Block):
+        net = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), block(norm, shortcut), nn.Flatten(), nn.Linear(128, 2)
+        )
+        _, report = hessinit.init_(net, torch.randn(4, 3, 10, 10), return_report=True)
+        return {row.name: row.std for row in report if "beside a batch norm" in row.note}, report
+
+    beside, report = stds(lambda: nn.BatchNorm2d(8))
+    assert beside == {"2.skip.weight": rules.SHORTCUT * rules.curvature_neutral_std(4, 2, report["2.skip.weight"].gain)}
+    assert report["2.skip.weight"].std_drawn == pytest.approx(beside["2.skip.weight"], rel=1e-5)
+    assert stds(lambda: nn.GroupNorm(2, 8))[0] == {}
+    assert stds(lambda: nn.BatchNorm2d(8), lambda: nn.Sequential(conv(), nn.BatchNorm2d(8)))[0] == {}
+
+    class Behind(Block):
+        """The branch without a norm comes through the one with it."""
+
+        def forward(self, x):
+            x = self.first(self.one(x))
+            return x + self.two(torch.relu(x))
+
+    assert stds(lambda: nn.BatchNorm2d(8), block=Behind)[0] == {}
+
+
 def test_lazy_meta_and_quantised_parameters_are_reported():
     lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
     _, report = hessinit.init_(lazy, return_report=True)

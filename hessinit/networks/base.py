@@ -116,6 +116,7 @@ class Follower:
         stream: which residual stream the weight writes to: equal for all whose outputs are added to each other before
             a norm, or, in one without norms, for the ends of its branches; None where nothing is added.
         branches: of a weight at the end of a branch without norms, the number of branches of its stream; else 1.
+        shortcut: whether its outputs are added to those of a batch norm that did not come through it.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Follower:
     begins: bool = False
     stream: int | None = None
     branches: int = 1
+    shortcut: bool = False
 
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:
@@ -191,8 +193,6 @@ class Derivatives(Protocol):
 
     def hvp(self, f: Function, values: Named, tangents: Named, rows: Sequence[str]) -> tuple[Array, dict[str, Array]]:
         """A scalar ``f(values)`` and the rows of ``D²f tangents``."""
-
-    bend_passes: float = 2 / 3 + 3  # of ``bend(c)``, in gradients
 
     def bend(
         self, f: Function, along: Callable[[Array], Function], values: Named, cols: Sequence[str], rows: Sequence[str]

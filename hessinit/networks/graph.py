@@ -82,6 +82,7 @@ class State(NamedTuple):
         activated: of an activation's output: its input, the weights before, and the function.
         units: those of one layer, where the tensor is these and nothing else.
         past: all of that chain.
+        normed: layers whose outputs, normalised, it is made of.
     """
 
     pending: frozenset[str]
@@ -89,6 +90,7 @@ class State(NamedTuple):
     activated: tuple[Any, frozenset[str], Callable[[Any], Any] | str] | None = None
     units: Units | None = None
     past: frozenset[int] = frozenset()
+    normed: frozenset[int] = frozenset()
 
 
 class WeightGraph:
@@ -116,6 +118,9 @@ class WeightGraph:
         self._streams: list[frozenset[int]] = []  # layers whose outputs are added to each other
         self._begun: set[int] = set()  # layers whose outputs gates take
         self._normed: set[int] = set()  # layers whose outputs a norm takes
+        self._batch_normed: set[int] = set()  # those of them whose norm is a batch norm
+        self._upstream: list[frozenset[int]] = []  # of each layer: those its outputs came through, norms or not
+        self._shortcuts: set[int] = set()  # layers whose outputs are added to a batch norm's beside them
         self._branches: list[frozenset[int]] = []  # the layers at the end of each branch that is added to a stream
 
     def join(self, states: Iterable[State]) -> State:
@@ -126,17 +131,23 @@ class WeightGraph:
         for state in states:
             self.mixed(state)
             self._joined |= state.layers
-        pending, layers, past = (
-            frozenset().union(*(getattr(s, part) for s in states)) for part in ("pending", "layers", "past")
+        pending, layers, past, normed = (
+            frozenset().union(*(getattr(s, part) for s in states)) for part in ("pending", "layers", "past", "normed")
         )
-        return State(pending, layers, past=past)
+        return State(pending, layers, past=past, normed=normed)
 
     def added(self, states: Iterable[State]) -> State:
-        """The state of a sum: of what came, by a chain, from a layer of another part of it, a branch has ended."""
+        """The state of a sum.
+
+        Of what came, by a chain, from a layer of another part of it, a branch has ended. A layer whose outputs meet
+        those of a batch norm that did not come through it is a shortcut.
+        """
         states = list(states)
         for one in states:
             if any(other.layers & one.past and one.layers - other.past for other in states):
                 self._branches.append(one.layers)
+            ends = one.normed & self._batch_normed
+            self._shortcuts.update(k for other in states for k in other.layers if ends - self._upstream[k])
         state = self.join(states)
         meeting = [stream for stream in self._streams if stream & state.layers]
         self._streams = [s for s in self._streams if s not in meeting] + [state.layers.union(*meeting)]
@@ -181,6 +192,7 @@ class WeightGraph:
         self._names.append(list(names))
         self._writers.update(names if writers is None else writers)
         self._before.append(state.layers)
+        self._upstream.append(frozenset([layer]).union(*(self._upstream[b] for b in state.layers | state.normed)))
         self._data.append(data)
         given = Units(layer, units[1], units[2]) if units is not None and units[1] % 2 == 0 else None
         made = State(frozenset(names), frozenset([layer]), units=given, past=state.past | {layer})
@@ -197,7 +209,7 @@ class WeightGraph:
             units = units._replace(paired=True)
         else:
             units = self.mixed(state).units
-        return State(frozenset(), state.layers, (tensor, state.pending, function), units, state.past)
+        return state._replace(pending=frozenset(), activated=(tensor, state.pending, function), units=units)
 
     def product(self, one: tuple[object, State], two: tuple[object, State]) -> State:
         """Two tensors are multiplied: ``u φ(u)`` is one activation, and an activation from 0 to 1 is a gate."""
@@ -217,12 +229,14 @@ class WeightGraph:
             self._averaged[layer] = positions * self._averaged.get(layer, 1)
         return state
 
-    def norm(self, state: State) -> State:
-        """The tensor is normalised: a new chain starts."""
+    def norm(self, state: State, of_batch: bool = False) -> State:
+        """The tensor is normalised, by a batch norm or another: a new chain starts."""
         if state.units is not None and state.units.paired:  # pairs that are norms of u and -u are such pairs again
             state = self.mixed(state)
         self._normed |= state.layers
-        return State(state.pending, frozenset(), units=state.units)
+        if of_batch:
+            self._batch_normed |= state.layers
+        return State(state.pending, frozenset(), units=state.units, normed=state.layers | state.normed)
 
     def unknown(self, state: State) -> State:
         """The tensor enters something that cannot be followed."""
@@ -261,8 +275,10 @@ class WeightGraph:
                     positions = 1 if layer in self._joined else self._averaged.get(layer, 1)
                     data, takers, last = self._data[layer], self._pairs(layer), layer in self._last
                     stream, branches = written.get(name, (None, 1))
-                    begins = stream is not None or layer in self._begun
-                    found[name] = Follower(*activation, depth, data, takers, positions, last, begins, stream, branches)
+                    begins, shortcut = stream is not None or layer in self._begun, layer in self._shortcuts
+                    found[name] = Follower(
+                        *activation, depth, data, takers, positions, last, begins, stream, branches, shortcut
+                    )
         return found
 
     def _written(self) -> Mapping[str, tuple[int, int]]:

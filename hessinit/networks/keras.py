@@ -401,7 +401,7 @@ def _step(
         writers = [operation._output_dense.kernel.path] if isinstance(operation, _ATTENTION) else []
         return [graph.weights(state, weights, data(), None, writers, gates=True)]
     if isinstance(operation, _NORM):
-        return [graph.norm(state)]
+        return [graph.norm(state, of_batch=isinstance(operation, layers.BatchNormalization))]
     if isinstance(operation, _AVERAGING) and not _takes_all(operation, tensors[0]):
         state = graph.averaged(state, math.prod(operation.pool_size))
     if operation._layers:  # something composed by a user

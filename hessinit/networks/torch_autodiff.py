@@ -111,8 +111,6 @@ class TorchDerivatives(Derivatives):
         value, along = _curve(f, values, list(tangents), rows, keep=False)
         return value, along(tangents)
 
-    bend_passes = 2 / 3 + 2.5  # measured: LeNet-5, ResNet-18
-
     def bend(
         self, f: Function, along: Callable[[Tensor], Function], values: Named, cols: Sequence[str], rows: Sequence[str]
     ) -> tuple[Tensor, Pull, Bend]:

@@ -185,7 +185,7 @@ class _Tracer(TorchFunctionMode):
         else:
             state = self.graph.join(states)
             if name in _NORM_FUNCTIONS:
-                state = self.graph.norm(state)
+                state = self.graph.norm(state, of_batch=name == "batch_norm")
             elif name in _PRODUCTS and len(states) == 2:
                 state = self.graph.product(*((t, self.states[t]) for t in given))
             elif name in _SUMS and len(states) > 1:

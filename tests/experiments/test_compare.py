@@ -156,7 +156,7 @@ def test_every_problem_trains_and_the_budget_fits_it(name):
     batch, options = (torch.from_numpy(few.x_train), torch.from_numpy(few.y_train)), {"num_samples": 64, "seed": 0}
     optimizer = torch.optim.Adam(net.parameters(), 1e-5)
     _, report = hessinit.init_(net, batch, few.loss, optimizer=optimizer, return_report=True, **options)
-    assert report.calibration.passes <= 60
+    assert report.calibration.passes <= 30
     for name, (low, high) in report.calibration.bounds.items():
         assert low * 0.999 <= report.calibration.scales[name] <= high * 1.001
 
