@@ -168,7 +168,7 @@ def solve(
     points = [Point(np.zeros(size), *probe.measure(np.zeros(size)))]
     best, held, spent, moved = points[0], False, False, False
     slopes: tuple[Vector, Vector] | None = None
-    while best.finite and not on_target(best) and len(points) < max_probes and affords(False):
+    while best.finite and not on_target(best) and len(points) < max_probes:
         off, outside = _off(best, goals), _outside(best, band)
         opens = off < 0 and best.sharpness > NO_GAIN and band[0] > lowest
         if spent and not opens:
@@ -187,7 +187,7 @@ def solve(
         if opens and (spent or held or len(points) >= max_probes // 2):
             band, spent = (lowest, band[1]), False
             continue
-        if held:
+        if held or not affords(False):
             break
         point = Point(best.theta + step, *probe.measure(best.theta + step))
         points.append(point)

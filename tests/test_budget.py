@@ -464,7 +464,17 @@ def test_slopes_that_cannot_be_afforded_are_those_of_the_point_before():
     assert steps(solution)[1] == pytest.approx(math.log(0.8 / 0.3) / math.log(0.3 / 0.1) * steps(solution)[0], rel=0.5)
     assert ways(lambda slopes, asked: True, 0.1, 0.3, 0.8)[0] == 2
     asked, solution = ways(lambda slopes, asked: asked < 2, 0.1, 0.2, 0.3, 0.8)
-    assert (asked, solution.reason) == (2, "stopped after 3 probes at ρ = 0.3")
+    assert (asked, solution.reason) == (2, "stopped after 2 probes at ρ = 0.2")
+
+
+def test_that_bounds_leave_no_way_is_said_also_where_no_other_probe_can_be_afforded():
+    way = Plane([1, -1], [0.1, 0.1])
+    free = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 8, 8.0))
+    last = len(free.points)
+    told = iter([True] * (2 * last - 3) + [False] * 9)
+    spare = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 8, 8.0), affords=lambda slopes: next(told))
+    assert (len(spare.points), spare.reason) == (last, free.reason)
+    assert spare.reason.startswith("bounded by max_scale")
 
 
 def test_the_best_point_is_the_nearest_also_where_a_later_one_was_gone_on_from():
