@@ -15,13 +15,16 @@ from hessinit import rules
 from hessinit.batches import Batches, inputs_and_targets
 from hessinit.budget import NO_GAIN, Solution, solve
 from hessinit.draw import stream
-from hessinit.networks.base import Array, Arrays, Group, Named
+from hessinit.networks.base import Array, Arrays, Follower, Group, Named
 from hessinit.objective import Forward, Objective
 from hessinit.probe import GRADIENT, NetworkProbe, State, Step, optimizer_step, sgd_step, trained
 from hessinit.quadrature import Activation
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
+NORMED = 2.0
+"""Factor on c where norms follow weights. Such a weight grows with its steps, which are orthogonal to it, and that
+lowers the sharpness by itself (Arora et al., ICLR 2019): a net can afford to begin sharper."""
 SIGN_LIKE_BIASES, SIGN_LIKE_ODD_BIASES = 2.0, 4.0
 """Factor on biases for steps that do not shrink with the gradient, which make a bias no faster than a weight; and after
 an odd activation, without biases an odd net, which has most to learn. Proportional steps may diverge with either."""
@@ -141,9 +144,8 @@ def calibrate(
     target: Target,
     weights: Mapping[str, Any],
     others: Mapping[str, Any],
-    streams: Mapping[str, int],
+    followers: Mapping[str, Follower],
     beside: Mapping[str, Beside],
-    depth: int,
     seed: int,
     group: Group,
 ) -> Calibration:
@@ -157,9 +159,8 @@ def calibrate(
         target: what is asked.
         weights: by name, at scale one: arrays of NumPy or the framework.
         others: values of other parameters that stand for the model's own.
-        streams: of weights that get one scale together, by name: which stream they write to.
+        followers: what follows each weight of the model, as far as it is known.
         beside: the biases among the weights, by name.
-        depth: weight layers in the model's longest chain.
         seed: of the samples taken and of random signs.
         group: processes that share the batch.
     """
@@ -178,10 +179,11 @@ def calibrate(
     tried = 0.0 if gradient is None else GRADIENT
     of_biases = {name: _of_bias(bias, step.degree) for name, bias in beside.items()}
     base |= {name: factor * base[name] for name, factor in of_biases.items()}
+    streams = {name: f.stream for name, f in followers.items() if f.stream is not None and name in weights}
     places = _places(weights, {**streams, **{n: streams.get(bias.weight, bias.weight) for n, bias in beside.items()}})
     probe = NetworkProbe(objective, base, fixed, places, step, None if of_biases else gradient, tried)
     del gradient
-    budget = _range(target.budget, step.degree, depth)
+    budget = _range(target.budget, step.degree, followers.values())
     level = target.level or _level(beside.values(), step.degree)
     scales_allowed, floor = (MIN_SCALE, target.max_scale), level[0] / OPENED**step.degree
     solution = solve(probe, max(places) + 1, budget, level, scales_allowed, floor, affords=probe.affords)
@@ -216,11 +218,15 @@ def _places(weights: Iterable[str], together: Mapping[str, int | str]) -> list[i
     return [places.setdefault(together.get(name, name), len(places)) for name in weights]
 
 
-def _range(budget: float | tuple[float, float] | None, degree: float, depth: int) -> tuple[float, float]:
+def _range(
+    budget: float | tuple[float, float] | None, degree: float, followers: Iterable[Follower]
+) -> tuple[float, float]:
     """Lowest and highest step sharpness, for steps that scale with the gradient's power ``degree``."""
     if budget is None:
-        c, share = SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree, min(1.0, DEEP / depth)
-        return c * share, NO_GAIN * share
+        followers = list(followers)
+        share = min(1.0, DEEP / max((f.depth or 1 for f in followers), default=1))
+        factor = NORMED if any(f.normed for f in followers) else 1.0
+        return factor * (SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree) * share, NO_GAIN * share
     return (budget[0], budget[1]) if isinstance(budget, Sequence) else (budget, budget)
 
 

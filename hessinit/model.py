@@ -169,7 +169,7 @@ def init_(
             sixth of the lowest.
         budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional
             steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
-            do not shrink as it does; of L > 15 layers in a row, 15/L of both.
+            do not shrink as it does; twice that in nets with norms, and of L > 15 layers in a row, 15/L of both ends.
         max_scale: largest factor on a weight, at least 1, default 8; the smallest is 1/100. Where outputs do not follow
             the weight, as before a norm, at most 4 and at least 1/20.
         process_group: torch models: a ``torch.distributed`` group whose processes all make this call, each with its
@@ -264,12 +264,10 @@ def init_(
             if not weights:
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")
             others = {name: v for name, v in values.items() if name not in weights}
-            depth = max((f.depth or 1 for f in followers.values()), default=1)
-            streams = {name: f.stream for name, f in followers.items() if f.stream is not None and name in weights}
             calibration = calibrate(
-                function, inner, data, samples, target, weights, others, streams, start.beside, depth, seed, group
+                function, inner, data, samples, target, weights, others, followers, start.beside, seed, group
             )
-            values, rows = _scaled(start, calibration, streams)
+            values, rows = _scaled(start, calibration, followers)
             if base == CURRENT:
                 values = {name: values[name] for name in weights}
     law = distribution if base == CLOSED_FORM else None
@@ -367,12 +365,16 @@ def _write(network: Network, values: Mapping[str, Any]) -> None:
             raise
 
 
-def _scaled(start: Base, calibration: Calibration, streams: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Row]]:
+def _scaled(
+    start: Base, calibration: Calibration, followers: Mapping[str, Follower]
+) -> tuple[dict[str, Any], dict[str, Row]]:
     """Values and rows after the calibration."""
     values, rows = dict(start.values), dict(start.rows)
     for name, factor in calibration.of_biases.items():  # drawn before the kind of step was known
         values[name] = values[name] * np.asarray(factor, values[name].dtype)
         rows[name] = replace(rows[name], std=rows[name].std * factor, std_drawn=rows[name].std_drawn * factor)
+    scaled = {name: followers[name].stream for name in calibration.scales if name in followers}
+    streams = {name: stream for name, stream in scaled.items() if stream is not None}
     writers = Counter(streams.values())
     for name, scale in calibration.scales.items():
         values[name] = values[name] * np.asarray(scale, values[name].dtype)

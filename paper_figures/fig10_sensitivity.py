@@ -11,8 +11,8 @@ were chosen on the development problems and on tables and texts that are not her
 
 Every run: batches of 64, the images and epochs of ``STUDY``, ten seeds; the mean loss of the batches of the last fifth
 of the last epoch. He, Glorot, orthogonal (torch's gain), torch's default and the closed form are the rivals; the budget
-raises the step sharpness to c and lowers it to 2, with c = 0.7 under SGD and 0.18 under Adam, and, five seeds, half and
-twice as much on the plain nets and LeNet-5; and once more without units in pairs.
+raises the step sharpness to c and lowers it to 2, with c = 0.7 under SGD and 0.18 under Adam, twice that in nets with
+norms, and, five seeds, half and twice as much on the plain nets and LeNet-5; and once more without units in pairs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from hessinit.calibration import NO_GAIN, PROPORTIONAL, SIGN_LIKE
+from hessinit.calibration import NO_GAIN, NORMED, PROPORTIONAL, SIGN_LIKE
 from hessinit.experiments import data, models, plots, training
 from hessinit.experiments.baselines import INITIALIZERS
 from hessinit.experiments.study import Task, rows
@@ -34,6 +34,7 @@ RIVALS = ("torch_default", "he_normal", "glorot_uniform", "orthogonal_gain", "cl
 UNPAIRED = "budget_unpaired"
 LRS = {"sgd": (0.01, 0.1, 0.3), "adam": (1e-4, 1e-3, 3e-3)}
 C = {"sgd": PROPORTIONAL, "adam": SIGN_LIKE}
+WITH_NORMS = ("resnet_bn", "charlm", "vit")
 FACTORS = (0.5, 2.0)  # on c
 FACTORS_ON = ("mlp", "mlp6", "lenet")
 DEVELOPMENT, HELD_OUT = "development", "held out"
@@ -72,7 +73,7 @@ def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[Task]:
         whole = data.load(models.PROBLEMS[problem].dataset)
         few = whole.first(samples)
         for optimizer, lrs in LRS.items():
-            c = C[optimizer]
+            c = default(problem, optimizer)
             lines: list[tuple[str, float | None]] = [*((name, None) for name in RIVALS), ("budget", c), (UNPAIRED, c)]
             factors = [("budget", factor * c) for factor in FACTORS if problem in FACTORS_ON]
             for seed in seeds:
@@ -86,12 +87,23 @@ def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[Task]:
                         yield Task(run, few, calibration=calibration, first={"set": group}, last=last)
 
 
+def default(problem: str, optimizer: str) -> float:
+    """The budget's own c."""
+    return C[optimizer] * (NORMED if problem in WITH_NORMS else 1.0)
+
+
+def at_default(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the runs at other c."""
+    own = [default(*names) for names in zip(table.problem, table.optimizer, strict=True)]
+    return table[table.c.isna() | (table.c == own)]
+
+
 def verdicts(table: pd.DataFrame) -> pd.DataFrame:
     """By problem, optimizer and learning rate: the budget's mean loss, the best rival and its loss, their difference.
 
     ``errors`` is that difference in standard errors, over seeds paired between the two; above 2 the budget lost.
     """
-    table = table[table.c.isna() | (table.c == table.optimizer.map(C))]
+    table = at_default(table)
     found = []
     for key, group in table.groupby(["set", "problem", "activation", "optimizer", "lr"], sort=False):
         losses = group.pivot(index="seed", columns="initializer", values="last_fifth_loss")
@@ -116,7 +128,7 @@ def draw(table: pd.DataFrame) -> Any:
             own = table[(table.problem == problem) & (table.activation == activation) & (table.optimizer == optimizer)]
             for (initializer, c), runs in own.groupby(["initializer", "c"], dropna=False, sort=False):
                 by_lr = runs.groupby("lr").last_fifth_loss
-                factor = c / C[optimizer] if initializer == "budget" else 1.0
+                factor = c / default(problem, optimizer) if initializer == "budget" else 1.0
                 style = "-." if initializer == UNPAIRED else {0.5: ":", 2.0: "--"}.get(round(factor, 3), "-")
                 label = INITIALIZERS[initializer].label + (f", c × {factor:g}" if factor != 1.0 else "")
                 means, spread = by_lr.mean(), by_lr.std()

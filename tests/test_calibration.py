@@ -38,6 +38,22 @@ def test_the_step_sharpness_is_the_one_asked_for(lr, activation):
     assert report.calibration.passes <= 30
 
 
+def test_nets_with_norms_after_weights_are_asked_for_twice_the_sharpness():
+    def asked(*layers, **options):
+        net = nn.Sequential(*layers, nn.ReLU(), nn.Linear(32, 5))
+        if options.pop("adam", False):
+            options["optimizer"] = torch.optim.Adam(net.parameters(), 1e-3)
+        _, report = hessinit.init_(net, data(), "cross_entropy", **options or {"lr": 0.1}, seed=0, return_report=True)
+        return report.calibration.budget
+
+    for norm in nn.BatchNorm1d(32), nn.LayerNorm(32):
+        assert asked(nn.Linear(20, 32), norm) == (1.4, 2.0)
+        assert asked(nn.Linear(20, 32), norm, adam=True) == pytest.approx((0.36, 2.0), abs=0.01)
+        assert asked(nn.Linear(20, 32), norm, lr=0.1, budget=0.5) == (0.5, 0.5)
+    assert asked(nn.BatchNorm1d(20), nn.Linear(20, 32)) == (0.7, 2.0)  # of the data, which is no weight's
+    assert asked(nn.Linear(20, 32)) == (0.7, 2.0)
+
+
 def test_optimizers_count_with_the_step_of_their_long_run():
     def scales(**options):
         model = mlp()

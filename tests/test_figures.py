@@ -605,7 +605,7 @@ def test_the_readmes_costs_of_initialization_are_the_committed_ones():
 
     table = pd.read_csv(FIGURES / "fig_init_cost.csv")
     assert _table("| seconds (gradients)") == script.readme_rows(table)
-    assert (table.passes.min(), round(table.passes.max())) == (pytest.approx(9.8, abs=0.1), 16)
+    assert (table.passes.min(), round(table.passes.max())) == (pytest.approx(9.8, abs=0.1), 23)
     medians = table.assign(value=table.value.astype(str)).groupby(["panel", "value", "initializer"]).seconds.median()
     ratios = medians.unstack().dropna()
     ends = [(ratios[name] / ratios.budget).agg(["min", "max"]) for name in ("gradinit", "metainit")]
@@ -692,21 +692,23 @@ def test_the_readmes_count_of_settings_is_the_committed_one():
     assert sorted(ratios) == ["1.01", "1.01", "1.02", "1.11", "1.16"]
     assert round((verdicts.rival / verdicts.budget).max()) == 29
     norm = table[(table.problem == "resnet_bn") & (table.lr == 0.01) & (table.initializer == "budget")].last_fifth_loss
-    assert norm.max() < 0.65  # and no longer 0.85 to 0.88
+    assert norm.max() < 0.61  # and no longer 0.85 to 0.88
     diverged = table[table.status != "ok"]
     assert not diverged.initializer.str.startswith("budget").any()
     assert set(diverged[diverged.problem == "friedman"].initializer) == {"closed_form", "he_normal", "orthogonal_gain"}
 
 
 def test_the_readmes_count_of_settings_where_pairs_help_is_the_committed_one():
+    import fig10_sensitivity as study
+
     table = pd.read_csv(FIGURES / "fig10_sensitivity.csv")
     keys = ["problem", "activation", "optimizer", "lr"]
-    default = table[(table.initializer == "budget") & (table.c == table.optimizer.map({"sgd": 0.7, "adam": 0.18}))]
     pairs, none = (
         found.set_index([*keys, "seed"]).last_fifth_loss
-        for found in (default, table[table.initializer == "budget_unpaired"])
+        for _, found in study.at_default(table).groupby("initializer")
+        if found.c.notna().all()
     )
     difference = (pairs - none).groupby(keys)
     errors = difference.mean() / difference.std() * difference.count() ** 0.5
-    assert ((errors < -2).sum(), (errors > 2).sum(), len(errors)) == (22, 2, 76)
+    assert ((errors < -2).sum(), (errors > 2).sum(), len(errors)) == (22, 4, 76)
     assert abs((pairs / none)[:, "tanh"] - 1).max() == 0  # tanh has no pairs: the same runs

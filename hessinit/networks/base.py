@@ -116,6 +116,7 @@ class Follower:
         stream: which residual stream the weight writes to: equal for all whose outputs are added to each other before
             a norm, or, in one without norms, for the ends of its branches; None where nothing is added.
         branches: of a weight at the end of a branch without norms, the number of branches of its stream; else 1.
+        normed: whether a norm takes its outputs.
         shortcut: whether its outputs are added to those of a batch norm that did not come through it.
     """
 
@@ -129,6 +130,7 @@ class Follower:
     begins: bool = False
     stream: int | None = None
     branches: int = 1
+    normed: bool = False
     shortcut: bool = False
 
 

@@ -275,9 +275,10 @@ class WeightGraph:
                     positions = 1 if layer in self._joined else self._averaged.get(layer, 1)
                     data, takers, last = self._data[layer], self._pairs(layer), layer in self._last
                     stream, branches = written.get(name, (None, 1))
-                    begins, shortcut = stream is not None or layer in self._begun, layer in self._shortcuts
+                    begins = stream is not None or layer in self._begun
+                    normed, shortcut = layer in self._normed, layer in self._shortcuts
                     found[name] = Follower(
-                        *activation, depth, data, takers, positions, last, begins, stream, branches, shortcut
+                        *activation, depth, data, takers, positions, last, begins, stream, branches, normed, shortcut
                     )
         return found
 
