@@ -22,7 +22,7 @@ from hessinit.quadrature import Activation
 
 PROPORTIONAL, SIGN_LIKE = 0.7, 0.18
 """c for steps proportional to the gradient, and for those that do not shrink with it."""
-NORMED = 2.0
+SHARPER = 2.0
 """Factor on c where norms follow weights. Such a weight grows with its steps, which are orthogonal to it, and that
 lowers the sharpness by itself (Arora et al., ICLR 2019): a net can afford to begin sharper."""
 SIGN_LIKE_BIASES, SIGN_LIKE_ODD_BIASES = 2.0, 4.0
@@ -225,7 +225,7 @@ def _range(
     if budget is None:
         followers = list(followers)
         share = min(1.0, DEEP / max((f.depth or 1 for f in followers), default=1))
-        factor = NORMED if any(f.normed for f in followers) else 1.0
+        factor = SHARPER if any(f.normed for f in followers) else 1.0
         return factor * (SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree) * share, NO_GAIN * share
     return (budget[0], budget[1]) if isinstance(budget, Sequence) else (budget, budget)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from hessinit.calibration import NO_GAIN, NORMED, PROPORTIONAL, SIGN_LIKE
+from hessinit.calibration import NO_GAIN, PROPORTIONAL, SHARPER, SIGN_LIKE
 from hessinit.experiments import data, models, plots, training
 from hessinit.experiments.baselines import INITIALIZERS
 from hessinit.experiments.study import Task, rows
@@ -89,7 +89,7 @@ def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[Task]:
 
 def default(problem: str, optimizer: str) -> float:
     """The budget's own c."""
-    return C[optimizer] * (NORMED if problem in WITH_NORMS else 1.0)
+    return C[optimizer] * (SHARPER if problem in WITH_NORMS else 1.0)
 
 
 def at_default(table: pd.DataFrame) -> pd.DataFrame:
