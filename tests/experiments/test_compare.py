@@ -553,8 +553,8 @@ def test_an_interruption_leaves_whole_files_and_the_command_goes_on(here, tmp_pa
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "curves.csv").exists() and time.monotonic() < deadline:
+    deadline, runs = time.monotonic() + 120, tmp_path / "runs.csv"
+    while not (runs.exists() and runs.stat().st_size) and time.monotonic() < deadline:  # written after the curves
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, errors = process.communicate(timeout=60)
