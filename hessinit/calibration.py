@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -179,7 +179,7 @@ def calibrate(
     tried = 0.0 if gradient is None else GRADIENT
     of_biases = {name: _of_bias(bias, step.degree) for name, bias in beside.items()}
     base |= {name: factor * base[name] for name, factor in of_biases.items()}
-    streams = {name: f.stream for name, f in followers.items() if f.stream is not None and name in weights}
+    streams = streams_of(weights, followers)
     places = _places(weights, {**streams, **{n: streams.get(bias.weight, bias.weight) for n, bias in beside.items()}})
     probe = NetworkProbe(objective, base, fixed, places, step, None if of_biases else gradient, tried)
     del gradient
@@ -207,6 +207,11 @@ def _step(objective: Objective, target: Target, base: Named, fixed: Named) -> tu
         return optimizer_step(objective.network, target.optimizer, gradient, objective.values(names)), gradient
 
 
+def streams_of(weights: Container[str], followers: Mapping[str, Follower]) -> dict[str, int]:
+    """Of each of these weights that writes to a residual stream, which one."""
+    return {name: f.stream for name, f in followers.items() if f.stream is not None and name in weights}
+
+
 def _places(weights: Iterable[str], together: Mapping[str, int | str]) -> list[int]:
     """The place of each weight's log scale: one for all of a stream, and for a weight and the bias beside it.
 
@@ -219,11 +224,10 @@ def _places(weights: Iterable[str], together: Mapping[str, int | str]) -> list[i
 
 
 def _range(
-    budget: float | tuple[float, float] | None, degree: float, followers: Iterable[Follower]
+    budget: float | tuple[float, float] | None, degree: float, followers: Collection[Follower]
 ) -> tuple[float, float]:
     """Lowest and highest step sharpness, for steps that scale with the gradient's power ``degree``."""
     if budget is None:
-        followers = list(followers)
         share = min(1.0, DEEP / max((f.depth or 1 for f in followers), default=1))
         factor = SHARPER if any(f.normed for f in followers) else 1.0
         return factor * (SIGN_LIKE + (PROPORTIONAL - SIGN_LIKE) * degree) * share, NO_GAIN * share

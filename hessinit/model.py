@@ -16,7 +16,7 @@ import numpy as np
 from hessinit import rules
 from hessinit.bases import Base, closed_form, current
 from hessinit.batches import ONE_AT_A_TIME, Batches, at_the_end, inputs_and_targets, out_of_memory, random_states_kept
-from hessinit.calibration import MAX_SCALE, Calibration, Target, calibrate, take
+from hessinit.calibration import MAX_SCALE, Calibration, Target, calibrate, streams_of, take
 from hessinit.calibration import check as check_target
 from hessinit.draw import check_distribution
 from hessinit.networks import wrap
@@ -373,8 +373,7 @@ def _scaled(
     for name, factor in calibration.of_biases.items():  # drawn before the kind of step was known
         values[name] = values[name] * np.asarray(factor, values[name].dtype)
         rows[name] = replace(rows[name], std=rows[name].std * factor, std_drawn=rows[name].std_drawn * factor)
-    scaled = {name: followers[name].stream for name in calibration.scales if name in followers}
-    streams = {name: stream for name, stream in scaled.items() if stream is not None}
+    streams = streams_of(calibration.scales, followers)
     writers = Counter(streams.values())
     for name, scale in calibration.scales.items():
         values[name] = values[name] * np.asarray(scale, values[name].dtype)

@@ -428,13 +428,8 @@ def test_a_shortcut_beside_a_batch_norm_gets_a_quarter_of_the_closed_form():
     class Block(nn.Module):
         def __init__(self, norm, shortcut):
             super().__init__()
-            self.one, self.first, self.two, self.second = (
-                nn.Conv2d(4, 8, 3, 2, 1),
-                norm(),
-                nn.Conv2d(8, 8, 3, 1, 1),
-                norm(),
-            )
-            self.skip = shortcut()
+            self.one, self.two, self.skip = nn.Conv2d(4, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), shortcut()
+            self.first, self.second = norm(), norm()
 
         def forward(self, x):
             return torch.relu(self.second(self.two(torch.relu(self.first(self.one(x))))) + self.skip(x))
