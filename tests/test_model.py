@@ -457,7 +457,15 @@ def test_a_shortcut_beside_a_batch_norm_gets_a_quarter_of_the_closed_form():
             x = self.first(self.one(x))
             return x + self.two(torch.relu(x))
 
-    assert stds(lambda: nn.BatchNorm2d(8), block=Behind)[0] == {}
+    class Itself(Block):
+        """A batch norm is added to what it takes."""
+
+        def forward(self, x):
+            x = self.one(x)
+            return x + self.first(x)
+
+    for block in Behind, Itself:
+        assert stds(lambda: nn.BatchNorm2d(8), block=block)[0] == {}
 
 
 def test_lazy_meta_and_quantised_parameters_are_reported():

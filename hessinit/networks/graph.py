@@ -104,6 +104,7 @@ class WeightGraph:
         self.whole = whole
         self._names: list[list[str]] = []  # of each layer, in the order of the pass
         self._before: list[frozenset[int]] = []  # the layers that each layer's input came through
+        self._normed_before: list[frozenset[int]] = []  # and those whose outputs, normalised, its input is made of
         self._data: list[Data | None] = []
         self._activations: dict[str, tuple[str, Callable[[Any], Any] | str]] = {}
         self._outputs: frozenset[str] = frozenset()
@@ -119,7 +120,6 @@ class WeightGraph:
         self._begun: set[int] = set()  # layers whose outputs gates take
         self._normed: set[int] = set()  # layers whose outputs a norm takes
         self._batch_normed: set[int] = set()  # those of them whose norm is a batch norm
-        self._upstream: list[frozenset[int]] = []  # of each layer: those its outputs came through, norms or not
         self._shortcuts: set[int] = set()  # layers whose outputs are added to a batch norm's beside them
         self._branches: list[frozenset[int]] = []  # the layers at the end of each branch that is added to a stream
 
@@ -146,12 +146,23 @@ class WeightGraph:
         for one in states:
             if any(other.layers & one.past and one.layers - other.past for other in states):
                 self._branches.append(one.layers)
-            ends = one.normed & self._batch_normed
-            self._shortcuts.update(k for other in states for k in other.layers if ends - self._upstream[k])
+            if ends := one.normed & self._batch_normed:
+                beside = frozenset().union(*(other.layers for other in states if other is not one))
+                self._shortcuts.update(k for k in beside - self._shortcuts if not self._came_through(k, ends))
         state = self.join(states)
         meeting = [stream for stream in self._streams if stream & state.layers]
         self._streams = [s for s in self._streams if s not in meeting] + [state.layers.union(*meeting)]
         return state
+
+    def _came_through(self, layer: int, others: frozenset[int]) -> bool:
+        """Whether a layer's outputs came through all of these, norms or not."""
+        seen, left = {layer}, [layer]
+        while left and not others <= seen:
+            k = left.pop()
+            new = (self._before[k] | self._normed_before[k]) - seen
+            seen |= new
+            left += new
+        return others <= seen
 
     def mixed(self, state: State) -> State:
         """Units meet each other or something else."""
@@ -192,7 +203,7 @@ class WeightGraph:
         self._names.append(list(names))
         self._writers.update(names if writers is None else writers)
         self._before.append(state.layers)
-        self._upstream.append(frozenset([layer]).union(*(self._upstream[b] for b in state.layers | state.normed)))
+        self._normed_before.append(state.normed)
         self._data.append(data)
         given = Units(layer, units[1], units[2]) if units is not None and units[1] % 2 == 0 else None
         made = State(frozenset(names), frozenset([layer]), units=given, past=state.past | {layer})
