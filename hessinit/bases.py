@@ -25,36 +25,43 @@ class Base(NamedTuple):
         values: by name, of every parameter that is set.
         rows: by name, of every parameter.
         beside: the biases that are random, by name.
+        begun: by name, the scale that a weight begins with, where that is not 1.
     """
 
     values: dict[str, Any]
     rows: dict[str, Row]
     beside: Mapping[str, Beside]
+    begun: Mapping[str, float]
 
 
-def current(network: Network, parameters: Sequence[Parameter], left: Mapping[str, str]) -> Base:
-    """The present weights; every other parameter stays.
+def current(
+    network: Network, parameters: Sequence[Parameter], left: Mapping[str, str], followers: Mapping[str, Follower]
+) -> Base:
+    """The present weights, a shortcut's at their part; every other parameter stays.
 
     Args:
         network: the model.
         parameters: all of it.
         left: of those that stay, by name, why.
+        followers: what follows each weight, as far as it is known.
     """
     values: dict[str, Any] = {}
     rows: dict[str, Row] = {}
+    begun = {name: rules.SHORTCUT for name, follower in followers.items() if follower.shortcut}
     for p in parameters:
         if p.name in left or p.role != WEIGHT or p.derived:
             note = f"left: parametrized by {p.derived}" if p.derived else "left: not a weight"
             rows[p.name] = _row(p, touched=False, note=left.get(p.name, note))
             continue
-        values[p.name] = np.array(network.arrays.numpy(network.values([p.name])[p.name]))
+        present, by = np.array(network.arrays.numpy(network.values([p.name])[p.name])), begun.get(p.name, 1.0)
+        values[p.name] = present * np.asarray(by, present.dtype)
         assert p.layout is not None  # of every weight
         fans = p.layout.fans(p.shape)
-        std = _rms(values[p.name])
-        note = "rescaled" if std > 0 else "left: zero"
-        numbers = {"fan_in": fans.fan_in, "fan_out": fans.fan_out, "std": std, "std_drawn": std}
+        std = _rms(present)
+        note = "left: zero" if std == 0 else "rescaled" if by == 1 else "rescaled, beside a batch norm"
+        numbers = {"fan_in": fans.fan_in, "fan_out": fans.fan_out, "std": by * std, "std_drawn": std}
         rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
-    return Base(values, rows, {})
+    return Base(values, rows, {}, begun)
 
 
 def closed_form(
@@ -115,7 +122,7 @@ def closed_form(
             )
             values[p.name], rows[p.name] = _drawn(p, role, distribution, seed)
     _write_through(network, parameters, rows, values)
-    return Base(values, rows, beside)
+    return Base(values, rows, beside, {})
 
 
 def _mirrors(

@@ -151,79 +151,143 @@ def solve(
         >>> solution.reason, len(solution.points), np.exp(solution.best.theta).round(1)
         ('met', 2, array([1.5, 0.7]))
     """
-    box = np.log(np.tile(scales, (size, 1)).T)
-    band = math.log(level[0]), math.log(level[1])
-    lowest = band[0] if floor is None else math.log(floor)
-    goals, ratio, trust = (math.log(target[0]), math.log(target[1])), 1.0, TRUST
-
-    def distance(point: Point) -> float:
-        if not point.finite:
-            return math.inf
-        r = math.log(point.level)
-        return abs(_off(point, goals)) + 3 * max(band[0] - r, r - band[1], 0.0)
-
-    def on_target(point: Point) -> bool:
-        return point.finite and abs(_off(point, goals)) <= TOLERANCE and _outside(point, band) == 0
-
-    points = [Point(np.zeros(size), *probe.measure(np.zeros(size)))]
-    best, held, spent, moved = points[0], False, False, False
-    slopes: tuple[Vector, Vector] | None = None
-    while best.finite and not on_target(best) and len(points) < max_probes:
-        off, outside = _off(best, goals), _outside(best, band)
-        opens = off < 0 and best.sharpness > NO_GAIN and band[0] > lowest
-        if spent and not opens:
+    start = np.zeros(size)
+    points = [Point(start, *probe.measure(start))]
+    search = _Search(
+        best=points[0],
+        goals=(math.log(target[0]), math.log(target[1])),
+        band=(math.log(level[0]), math.log(level[1])),
+        lowest=math.log(level[0] if floor is None else floor),
+        box=np.log(np.tile(scales, (size, 1)).T),
+    )
+    held = False
+    while search.best.finite and not search.on_target(search.best) and len(points) < max_probes:
+        if search.spent and not search.opens:
             break
-        if slopes is None or (moved and affords(True)):  # else the old ones have to do
-            slopes, moved = probe.slopes(), False
-            if len(points) == 1:
-                normed = np.abs(slopes[1]) < FOLLOWED
-                box[:, normed] = np.clip(box[:, normed], *np.log(NORMED))
-        rho, r = math.log(best.sharpness), math.log(best.level)
-        lack = (goals[0] - rho) / ratio, (goals[1] - rho) / ratio
-        room = band[0] - r, max(sum(band) / 2 - r, 0.0)
-        step = _step(best.theta, slopes, lack, outside, room, box, trust)
-        effects = (ratio * float(slope @ step) for slope in slopes)
-        held = max(float(np.linalg.norm(step)), *map(abs, effects)) < STILL
-        if opens and (spent or held or len(points) >= max_probes // 2):
-            band, spent = (lowest, band[1]), False
+        if search.slopes is None or (search.moved and affords(True)):  # else the old ones have to do
+            search.look(probe.slopes())
+        step = search.step()
+        held = search.still(step)
+        if search.opens and (search.spent or held or len(points) >= max_probes // 2):
+            search.open()
             continue
         if held or not affords(False):
             break
-        point = Point(best.theta + step, *probe.measure(best.theta + step))
-        points.append(point)
-        change = math.log(point.level) - r if point.finite else 0.0
-        beyond = outside and math.copysign(1.0, outside) * (change - float(slopes[1] @ step)) > BEYOND
-        if beyond and len(points) < max_probes - 1:
-            trust = float(np.abs(step).max()) / 4
-            continue
-        if off > 0 and len(points) < max_probes and point.finite and math.log(point.sharpness) > goals[0] + OVERSHOT:
-            steeper = _secant(best, point, float(slopes[0] @ step), ratio)
-            if steeper > ratio * (1 + TOLERANCE):
-                ratio = steeper
-            else:  # beyond what slopes can tell
-                trust = float(np.abs(step).max()) / 2
-            continue
-        landed = point.finite and _outside(point, band) == 0
-        back = outside != 0 and landed
-        climbs = off > 0 and outside == 0 and landed and float(slopes[0] @ step) > TOLERANCE
-        if not climbs and distance(point) > distance(best) + (BACK if back else TOLERANCE / 2):  # or not finite
-            trust = float(np.abs(step).max()) / 4
-            continue
-        spent = off < 0 and outside == 0 and landed and math.log(best.sharpness / point.sharpness) < -WORTH * off
-        ratio = _secant(best, point, float(slopes[0] @ step), ratio)
-        best, moved, trust = point, True, min(2 * trust, TRUST)
-    answer = best if on_target(best) else min(points, key=distance)
-    if on_target(answer):
+        theta = search.best.theta + step
+        points.append(Point(theta, *probe.measure(theta)))
+        search.learn(points[-1], step, left=max_probes - len(points))
+    answer = search.best if search.on_target(search.best) else min(points, key=search.distance)
+    if search.on_target(answer):
         reason = "met"
-    elif not best.finite:
+    elif not search.best.finite:
         reason = _not_finite(answer)
     elif held:
-        reason = _bounded(answer, _off(answer, goals), math.log(scales[1]))
-    elif spent:
+        reason = _bounded(answer, _off(answer, search.goals), math.log(scales[1]))
+    elif search.spent:
         reason = f"cannot be met: lowest reachable ρ is about {answer.sharpness:.2g}"
     else:
         reason = f"stopped after {len(points)} probes at ρ = {answer.sharpness:.3g}"
-    return Solution(answer, reason, tuple(points), box)
+    return Solution(answer, reason, tuple(points), search.box)
+
+
+@dataclass
+class _Search:
+    """Where the solver stands and what it has learned.
+
+    Args:
+        best: the point that steps start from.
+        goals: lowest and highest log ρ.
+        band: lowest and highest log r.
+        lowest: the log r down to which the band may be opened.
+        box: smallest and largest log scales, shape (2, size).
+        slopes: ``∇ log T`` and ``∇ log r`` at ``best``, or at a point before it.
+        moved: whether it was before it.
+        ratio: ``d log ρ / d log T``.
+        trust: largest change of a log scale.
+        spent: whether a way down brought too little for another.
+    """
+
+    best: Point
+    goals: tuple[float, float]
+    band: tuple[float, float]
+    lowest: float
+    box: Vector
+    slopes: tuple[Vector, Vector] | None = None
+    moved: bool = False
+    ratio: float = 1.0
+    trust: float = TRUST
+    spent: bool = False
+
+    def on_target(self, point: Point) -> bool:
+        """Whether ρ and r are where they should be."""
+        return point.finite and abs(_off(point, self.goals)) <= TOLERANCE and _outside(point, self.band) == 0
+
+    def distance(self, point: Point) -> float:
+        """How far a point is from that."""
+        if not point.finite:
+            return math.inf
+        r = math.log(point.level)
+        return abs(_off(point, self.goals)) + 3 * max(self.band[0] - r, r - self.band[1], 0.0)
+
+    @property
+    def opens(self) -> bool:
+        """Whether the band may be opened downwards."""
+        too_sharp = _off(self.best, self.goals) < 0 and self.best.sharpness > NO_GAIN
+        return too_sharp and self.band[0] > self.lowest
+
+    def open(self) -> None:
+        """Opens the band downwards."""
+        self.band, self.spent = (self.lowest, self.band[1]), False
+
+    def look(self, slopes: tuple[Vector, Vector]) -> None:
+        """Takes new slopes; the first ones tell what the outputs do not follow."""
+        if self.slopes is None:
+            normed = np.abs(slopes[1]) < FOLLOWED
+            self.box[:, normed] = np.clip(self.box[:, normed], *np.log(NORMED))
+        self.slopes, self.moved = slopes, False
+
+    def step(self) -> Vector:
+        """The next change of θ."""
+        assert self.slopes is not None
+        rho, r = math.log(self.best.sharpness), math.log(self.best.level)
+        lack = (self.goals[0] - rho) / self.ratio, (self.goals[1] - rho) / self.ratio
+        room = self.band[0] - r, max(sum(self.band) / 2 - r, 0.0)
+        outside = _outside(self.best, self.band)
+        return _step(self.best.theta, self.slopes, lack, outside, room, self.box, self.trust)
+
+    def still(self, step: Vector) -> bool:
+        """Whether a step changes nothing."""
+        assert self.slopes is not None
+        effects = (self.ratio * float(slope @ step) for slope in self.slopes)
+        return max(float(np.linalg.norm(step)), *map(abs, effects)) < STILL
+
+    def learn(self, point: Point, step: Vector, left: int) -> None:
+        """Goes on from the point that a step led to, or again from ``best`` and knowing better; ``left`` probes."""
+        assert self.slopes is not None
+        off, outside = _off(self.best, self.goals), _outside(self.best, self.band)
+        risen, level = (float(slope @ step) for slope in self.slopes)
+        length, landed = float(np.abs(step).max()), point.finite and _outside(point, self.band) == 0
+        change = math.log(point.level / self.best.level) if point.finite else 0.0
+        if left > 1 and outside and math.copysign(1.0, outside) * (change - level) > BEYOND:
+            self.trust = length / 4
+        elif off > 0 and left and point.finite and math.log(point.sharpness) > self.goals[0] + OVERSHOT:
+            steeper = _secant(self.best, point, risen, self.ratio)
+            if steeper > self.ratio * (1 + TOLERANCE):
+                self.ratio = steeper
+            else:  # beyond what slopes can tell
+                self.trust = length / 2
+        elif not self._better(point, climbs=off > 0 and outside == 0 and landed and risen > TOLERANCE):
+            self.trust = length / 4
+        else:
+            down = off < 0 and outside == 0 and landed
+            self.spent = down and math.log(self.best.sharpness / point.sharpness) < -WORTH * off
+            self.ratio = _secant(self.best, point, risen, self.ratio)
+            self.best, self.moved, self.trust = point, True, min(2 * self.trust, TRUST)
+
+    def _better(self, point: Point, climbs: bool) -> bool:
+        """Whether to go on from a point: if it is nearer, on the way up, or back in the level's band at some cost."""
+        back = _outside(self.best, self.band) != 0 and point.finite and _outside(point, self.band) == 0
+        return climbs or self.distance(point) <= self.distance(self.best) + (BACK if back else TOLERANCE / 2)
 
 
 def _off(point: Point, goals: tuple[float, float]) -> float:

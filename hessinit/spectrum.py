@@ -150,7 +150,7 @@ def eigenpairs(
         Appl. 2000.
     """
     n, dtype = start.size, start.dtype
-    size, restarts, refill = 0, 0, np.random.default_rng(0)
+    size, near, restarts, refill = 0, 0, 0, np.random.default_rng(0)
     room = min(max(2 * k + 1, 20) if ncv is None else ncv, n)
     tol = max(tol, float(np.finfo(dtype).eps))
     basis, projected, w = np.zeros((room, n), dtype), np.zeros((room, room)), start
@@ -158,10 +158,10 @@ def eigenpairs(
         basis[size] = w / np.linalg.norm(w)
         w = np.array(product(basis[size]), dtype)
         size += 1
-        along = basis[:size] @ w
-        projected[:size, size - 1] = projected[size - 1, :size] = along
-        w -= along @ basis[:size]
-        w -= (basis[:size] @ w) @ basis[:size]  # twice is enough (Kahan, Parlett)
+        along = basis[near:size] @ w
+        projected[near:size, size - 1] = projected[size - 1, near:size] = along
+        w -= along @ basis[near:size]
+        w -= (basis[:size] @ w) @ basis[:size]  # what rounding leaves
         off = float(np.linalg.norm(w))
         values, vectors = np.linalg.eigh(projected[:size, :size])
         order = np.argsort(_RANKS[which](values))
@@ -171,12 +171,13 @@ def eigenpairs(
         if (size > k and (residuals <= bounds).all()) or size == n:
             chosen = np.sort(order[:k])
             return values[chosen], basis[:size].T @ vectors[:, chosen].astype(dtype)
+        near = size - 1  # a product with the next vector has no part along those before
         if size == room:
             if restarts == (10 * n if maxiter is None else maxiter):
                 raise RuntimeError(f"{int((residuals > bounds).sum())} of {k} eigenvalues have not converged after "
                                    f"{restarts} restarts: raise tol, ncv or maxiter")  # fmt: skip
             restarts += 1
-            size = min(k + (room - k) // 2, room - 1)
+            size, near = min(k + (room - k) // 2, room - 1), 0
             best = order[:size]
             basis[:size] = vectors[:, best].T.astype(dtype) @ basis
             projected[:] = 0

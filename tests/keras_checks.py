@@ -376,6 +376,30 @@ def test_a_shortcut_beside_a_batch_norm_is_found(norm, found):
     assert [name.split("/")[-2] for name, follower in followers.items() if follower.shortcut] == found
 
 
+class OwnNorm(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")
+
+    def call(self, x):
+        return x * keras.ops.rsqrt(keras.ops.mean(x * x, axis=-1, keepdims=True) + 1e-6) * self.scale
+
+
+class OwnGate(OwnNorm):
+    def call(self, x):
+        return x * keras.ops.sigmoid(keras.ops.mean(x, axis=-1, keepdims=True)) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_norm"), [(OwnNorm, True), (layers.UnitNormalization, True), (OwnGate, False), (layers.Dropout, False)]
+)
+def test_a_norm_of_the_users_own_is_one(kind, is_norm):
+    i = keras.Input((6,))
+    x = kind(0.5)(layers.Dense(8, name="one")(i)) if kind is layers.Dropout else kind()(layers.Dense(8, name="one")(i))
+    model = keras.Model(i, layers.Dense(2, name="two")(layers.ReLU()(x)))
+    one, two = adapter.KerasNetwork(model).followers(None).values()
+    assert (one.normed, two.depth) == (is_norm, 1 if is_norm else 2)
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()

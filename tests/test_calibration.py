@@ -333,6 +333,32 @@ def test_extremes_stay_within_the_bounds(case):
     assert str(report).count("\n") >= len(report) + 3
 
 
+def test_rescale_begins_a_shortcut_beside_a_batch_norm_at_a_quarter():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.norm, self.skip, self.head = (
+                nn.Linear(20, 6),
+                nn.BatchNorm1d(6),
+                nn.Linear(20, 6),
+                nn.Linear(6, 5),
+            )
+
+        def forward(self, x):
+            return self.head(torch.relu(self.norm(self.one(x)) + self.skip(x)))
+
+    model = Net()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _, report = hessinit.rescale_(
+        model, data(), "cross_entropy", lr=1e-6, seed=0, budget=(1e-9, 2.0), level=(1e-3, 10.0), return_report=True
+    )
+    scales = {row.name: row.scale for row in report if row.role == "weight"}
+    assert scales == {"one.weight": 1, "skip.weight": rules.SHORTCUT, "head.weight": 1}
+    assert report["skip.weight"].std == pytest.approx(rules.SHORTCUT * report["skip.weight"].std_drawn)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, scales.get(name, 1.0) * before[name])
+
+
 def test_rescale_keeps_all_but_the_scale_of_the_weights():
     model = mlp()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -468,6 +468,70 @@ def test_a_shortcut_beside_a_batch_norm_gets_a_quarter_of_the_closed_form():
         assert stds(lambda: nn.BatchNorm2d(8), block=block)[0] == {}
 
 
+class _Scaled(nn.Module):
+    """A module of the user's own with a scale for each of eight features."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.ones(8)), function
+
+    def forward(self, x):
+        return (self.weight * self.function(x.to(torch.float32))).to(x.dtype)
+
+
+def _centred(x):
+    x = x - x.mean(-1, keepdim=True)
+    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_norm"),
+    [
+        (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5), True),
+        (lambda x: x / x.norm(dim=-1, keepdim=True), True),
+        (_centred, True),
+        (lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)), False),
+        (lambda x: torch.softmax(x, -1), False),
+        (lambda x: x - x.mean(-1, keepdim=True), False),
+        (lambda x: 0 * x + 1, False),
+    ],
+)
+@pytest.mark.parametrize("size", [1.0, 1e-4])  # of signals, far below ε
+def test_a_norm_of_the_users_own_is_one(function, is_norm, size):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.norm, self.two = nn.Linear(6, 8), _Scaled(function), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.two(torch.relu(self.norm(self.one(x))))
+
+    found = adapter.TorchNetwork(Net()).followers(size * torch.randn(4, 6))
+    assert found["one.weight"].normed == is_norm
+    assert found["two.weight"].depth == (1 if is_norm else 2)
+    if is_norm:
+        assert found["one.weight"].name == "relu"
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w.T,
+        lambda x, w: x @ w.t().contiguous(),
+        lambda x, w: F.linear(x, w.to(torch.float32) * 0.5),
+        lambda x, w: torch.einsum("ni,ioh->noh", x, w.view(2, 3, 6).permute(2, 0, 1)).flatten(1),
+    ],
+)
+def test_a_weight_that_is_turned_or_scaled_before_it_is_used_is_followed(product):
+    class Own(nn.Linear):
+        def forward(self, x):
+            return product(x, self.weight)
+
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), Own(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    found = adapter.TorchNetwork(net).followers(torch.randn(4, 5))
+    assert [(f.name, f.depth) for f in found.values()] == [("ReLU", 3), ("Tanh", 3), ("Tanh", 3)]
+
+
 def test_lazy_meta_and_quantised_parameters_are_reported():
     lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.LazyLinear(2))
     _, report = hessinit.init_(lazy, return_report=True)

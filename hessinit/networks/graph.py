@@ -36,6 +36,17 @@ def is_activation(function: Callable[[Any], Any]) -> bool:
     return bool(np.abs(full - line).max() > 1e-5 * (1e-3 + np.abs(full).max()))
 
 
+def is_norm(function: Callable[[Any], Any], x: Any) -> bool:
+    """Whether a NumPy function gives the same for x and for twice x, and something else for -x."""
+    try:
+        u = x * (4 / np.sqrt(np.mean(np.square(x))))  # where a norm's ε is nothing
+        once, twice, back = (np.asarray(function(scale * u)) for scale in (1, 2, -1))
+        change, turn = (float(np.linalg.norm(y - once)) for y in (twice, back))
+    except Exception:  # of what takes more than an array, or gives something else
+        return False
+    return once.shape == x.shape and change < 0.01 * turn
+
+
 def numpy_or(convert: Callable[[Any], Any], nonlinearity: Any) -> Any:
     """Names and functions of NumPy arrays as they are; a framework's function or layer by its adapter's ``convert``."""
     if not callable(nonlinearity):

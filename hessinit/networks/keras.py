@@ -19,7 +19,7 @@ from hessinit.layout import KERAS, Layout
 from hessinit.losses import Loss
 from hessinit.networks import base, keras_loss
 from hessinit.networks.base import Data, Follower, Named, Parameter
-from hessinit.networks.graph import GATED, LINEAR, State, WeightGraph, is_activation, numpy_or
+from hessinit.networks.graph import GATED, LINEAR, State, WeightGraph, is_activation, is_norm, numpy_or
 from hessinit.networks.keras_autodiff import of_backend
 from hessinit.rules import ACTIVATIONS
 
@@ -30,7 +30,13 @@ _CONV = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _CONV_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
-_NORM = (layers.BatchNormalization, layers.LayerNormalization, layers.GroupNormalization, layers.RMSNormalization)
+_NORM = (
+    layers.BatchNormalization,
+    layers.LayerNormalization,
+    layers.GroupNormalization,
+    layers.RMSNormalization,
+    layers.UnitNormalization,
+)
 _ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
 _GATED = (*_ATTENTION, layers.RNN, layers.Bidirectional)
 _POOLING = ("AveragePooling", "MaxPooling", "GlobalAveragePooling", "GlobalMaxPooling", "SpatialDropout")
@@ -400,7 +406,7 @@ def _step(
     if isinstance(operation, _GATED):
         writers = [operation._output_dense.kernel.path] if isinstance(operation, _ATTENTION) else []
         return [graph.weights(state, weights, data(), None, writers, gates=True)]
-    if isinstance(operation, _NORM):
+    if isinstance(operation, _NORM) or (not weights and _is_norm(operation, tensors)):
         return [graph.norm(state, of_batch=isinstance(operation, layers.BatchNormalization))]
     if isinstance(operation, _AVERAGING) and not _takes_all(operation, tensors[0]):
         state = graph.averaged(state, math.prod(operation.pool_size))
@@ -410,6 +416,14 @@ def _step(
         state = graph.weights(state, weights, data(), _units(operation))
         tensors = [None]  # between a layer's kernel and its own activation there is no symbolic tensor
     return [_activate(graph, state, operation, tensors)]
+
+
+def _is_norm(layer: keras.Layer, tensors: list[Any]) -> bool:
+    """Whether a layer of the user's own, with no others in it, is a norm."""
+    if type(layer).__module__.split(".")[0] == "keras" or layer._layers or len(tensors) != 1:
+        return False
+    shape, function = [2 if n is None else n for n in tensors[0].shape], as_numpy_function(layer)
+    return not isinstance(function, str) and is_norm(function, np.random.default_rng(0).standard_normal(shape))
 
 
 def _inside(model: keras.Model) -> Mapping[str, Follower]:

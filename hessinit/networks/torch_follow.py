@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hessinit.batches import ONE_AT_A_TIME, at_the_end, fixed_draws, random_states_kept
 from hessinit.networks.base import Data, Follower
-from hessinit.networks.graph import GATED, LINEAR, State, Units, WeightGraph, is_activation
+from hessinit.networks.graph import GATED, LINEAR, State, Units, WeightGraph, is_activation, is_norm
 from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, modes_kept, seeded
 from hessinit.networks.torch_derived import Derived
 
@@ -32,6 +32,9 @@ _GATED_FUNCTIONS = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cel
 _ATTENTION_FUNCTIONS = {"multi_head_attention_forward", "_native_multi_head_attention"}
 _GATED_FUNCTIONS |= _ATTENTION_FUNCTIONS
 _NORM_FUNCTIONS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"}
+# What leaves a weight the same matrix, in another order, size or dtype.
+_OF_WEIGHT = {"t", "transpose", "permute", "view", "reshape", "contiguous", "clone", "to", "type", "float", "half"}
+_OF_WEIGHT |= {"bfloat16", "double", "mul", "__mul__", "__rmul__", "div", "__truediv__", "__get__"}
 _FLATTENING = {"flatten", "reshape", "view", "squeeze", "mean"}
 _REORDERING = {"transpose", "permute", "movedim", "swapaxes", "swapdims", "flip", "roll", "sort", "cumsum", "softmax"}
 _REORDERING |= {"__getitem__", "__get__"}
@@ -69,6 +72,12 @@ def _activation_of(module: nn.Module) -> Callable[[Array], Array] | None:
         return None
     function = as_numpy_function(module)
     return function if is_activation(function) else None
+
+
+def _may_be_norm(module: nn.Module) -> bool:
+    """Whether a module is the user's own and has no weights, but scales and offsets at most."""
+    own = not type(module).__module__.startswith("torch.nn.")
+    return own and not any(True for _ in module.children()) and all(p.ndim < 2 for p in module.parameters())
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:
@@ -160,7 +169,8 @@ class _Tracer(TorchFunctionMode):
         self.by_hooks = [one for one in computed if one.source is None]
         self.computed = WeakIdKeyDictionary()  # names of weights that parametrizations have computed
         self.states = WeakIdKeyDictionary()  # of every tensor that came through a weight
-        self.inside = 0  # modules that are activations, met as wholes
+        self.inside = 0  # modules that are activations or norms, met as wholes
+        self.normalises = False  # whether the module of the user's own that runs now is a norm
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -174,6 +184,9 @@ class _Tracer(TorchFunctionMode):
         made = [t for t in _flatten(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
         if not made or name.endswith("_like") or name.startswith("new_"):
             return result  # a shape, a mask, noise: nothing of the signal
+        if weights and len(given) == 1 and name in _OF_WEIGHT:
+            self.computed[result] = weights[0]
+            return result
         if weights:
             data = None if states else self._data(given)
             ends = [n for n in weights if "out_proj" in n] if name in _ATTENTION_FUNCTIONS else []
@@ -233,6 +246,27 @@ class _Tracer(TorchFunctionMode):
         if self.inside == 0 and isinstance(output, torch.Tensor) and args and args[0] in self.states:
             state = self.states[args[0]]
             self.states[output] = self.graph.activation(state, type(module).__name__, function, args[0])
+
+    def enter_own(self, module: nn.Module, args: Any) -> None:
+        """Tries out whether a user's module is a norm."""
+        x = args[0] if len(args) == 1 else None
+        if self.inside or not isinstance(x, torch.Tensor) or x not in self.states:
+            return
+        if x.layout != torch.strided or x.is_nested:  # NumPy has no such arrays
+            return
+        self.inside = 1
+
+        def function(u: Array) -> Array:
+            y: torch.Tensor = module.forward(torch.from_numpy(u).to(x))
+            return y.double().numpy(force=True)
+
+        self.normalises = is_norm(function, x.double().numpy(force=True))
+        self.inside = int(self.normalises)
+
+    def leave_own(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.normalises:
+            self.inside, self.normalises = 0, False
+            self.states[output] = self.graph.norm(self.states[args[0]])
 
 
 def _positions(kernel: int | Sequence[int], axes: int) -> int:
@@ -307,6 +341,9 @@ def trace(
             if function is not None:
                 hooks.append(module.register_forward_pre_hook(tracer.enter))
                 hooks.append(module.register_forward_hook(partial(tracer.leave, function)))
+            elif _may_be_norm(module):
+                hooks.append(module.register_forward_pre_hook(tracer.enter_own))
+                hooks.append(module.register_forward_hook(tracer.leave_own))
         outputs = call(model, inputs)
     ends = [tracer.states[t] for t in _flatten(outputs) if isinstance(t, torch.Tensor) and t in tracer.states]
     graph.end(graph.join(ends))
