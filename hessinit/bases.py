@@ -37,7 +37,7 @@ class Base(NamedTuple):
 def current(
     network: Network, parameters: Sequence[Parameter], left: Mapping[str, str], followers: Mapping[str, Follower]
 ) -> Base:
-    """The present weights, a shortcut's at their part; every other parameter stays.
+    """The present weights, those beside norms at their part; every other parameter stays.
 
     Args:
         network: the model.
@@ -47,7 +47,7 @@ def current(
     """
     values: dict[str, Any] = {}
     rows: dict[str, Row] = {}
-    begun = {name: rules.SHORTCUT for name, follower in followers.items() if follower.shortcut}
+    begun = {name: rules.BESIDE_NORM for name, follower in followers.items() if follower.shortcut or follower.post_norm}
     for p in parameters:
         if p.name in left or p.role != WEIGHT or p.derived:
             note = f"left: parametrized by {p.derived}" if p.derived else "left: not a weight"
@@ -58,7 +58,7 @@ def current(
         assert p.layout is not None  # of every weight
         fans = p.layout.fans(p.shape)
         std = _rms(present)
-        note = "left: zero" if std == 0 else "rescaled" if by == 1 else "rescaled, beside a batch norm"
+        note = "left: zero" if std == 0 else "rescaled" if by == 1 else "rescaled, beside a norm"
         numbers = {"fan_in": fans.fan_in, "fan_out": fans.fan_out, "std": by * std, "std_drawn": std}
         rows[p.name] = _row(p, touched=std > 0, note=note, **numbers)
     return Base(values, rows, {}, begun)
@@ -102,6 +102,7 @@ def closed_form(
     rows: dict[str, Row] = {}
     mirrors = _mirrors(followers, parameters, left, features) if paired else {}
     beside = _beside(followers, parameters, left) if biased else {}
+    outputs = _as_outputs(parameters, followers)
     named = Counter(p.role for p in parameters if p.name in (ends or ()))[WEIGHT]
     for p in parameters:
         if p.name in left:
@@ -114,11 +115,13 @@ def closed_form(
             values[p.name], rows[p.name] = _constant(p, forget_bias)
         else:
             follower = followers.get(p.name, assumed)
+            beside_it = {n: fans for mate in sorted(follower.mates) for n, fans in outputs.get(mate, {}).items()}
             role = Role(
                 follower,
                 mirrors.get(p.name, UNPAIRED),
                 follower.branches if ends is None else named if p.name in ends else 1,
-                [q for q in parameters if q.tied_to == p.name and q.role == WEIGHT],
+                outputs.get(p.name, {}),
+                beside_it,
             )
             values[p.name], rows[p.name] = _drawn(p, role, distribution, seed)
     _write_through(network, parameters, rows, values)
@@ -168,13 +171,28 @@ class Role(NamedTuple):
         follower: what comes after it.
         pairs: which of its units come in pairs.
         branches: the number of residual branches, of which it ends one.
-        tied: parameters that are this same tensor elsewhere.
+        outputs: fans of the output layers, by name, that it is too.
+        mates: fans of those that an embedding is with which it writes to one stream.
     """
 
     follower: Follower
     pairs: Pairs
     branches: int
-    tied: Sequence[Parameter]
+    outputs: Mapping[str, Fans]
+    mates: Mapping[str, Fans]
+
+
+def _as_outputs(parameters: Sequence[Parameter], followers: Mapping[str, Follower]) -> dict[str, dict[str, Fans]]:
+    """Of each weight that is also an output layer, its fans there, by the name it has there."""
+    found: dict[str, dict[str, Fans]] = {}
+    for p in parameters:
+        if p.role == WEIGHT and p.layout is not None and p.tied_to is not None:
+            found.setdefault(p.tied_to, {})[p.name] = p.layout.fans(p.shape)
+    for p in parameters:  # an embedding that the model itself takes for its output layer
+        output = p.layout is not None and p.layout.looked_up and p.name in followers and followers[p.name].output
+        if output and p.name not in found:
+            found[p.name] = {"the output layer": Layout("oi").fans(p.shape)}
+    return found
 
 
 def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any, Row]:
@@ -189,19 +207,23 @@ def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any,
     except ValueError as error:
         raise ValueError(f"init_: {p.layer} is followed by {follower.name}, which has no gain. {error}") from error
     std, note = _std(p.layout, fans, gain, follower)
-    for other in role.tied:  # the smaller scale suits both: an embedding's would make an output layer's loss huge
-        assert other.layout is not None  # of every weight
-        theirs = other.layout.fans(other.shape)
+    for name, theirs in {**role.outputs, **(role.mates if p.layout.looked_up else {})}.items():
+        # The smaller scale suits both: an embedding's would make an output layer's loss huge, or drown a small one.
         if rules.curvature_neutral_std(*theirs, gain) < std:
-            fans, std, note = theirs, rules.curvature_neutral_std(*theirs, gain), f"drawn for {other.name}"
+            fans, std, note = theirs, rules.curvature_neutral_std(*theirs, gain), f"drawn for {name}"
     if follower.averaged > 1:
         note += f", for a mean of {follower.averaged}"
     if pairs != UNPAIRED:
         note += ", mirrored"
     if role.branches > 1:
         std, note = std / math.sqrt(role.branches), f"{note}, one of {role.branches} branches"
-    if follower.shortcut:
-        std, note = std * rules.SHORTCUT, f"{note}, beside a batch norm"
+    if p.layout.looked_up and follower.same:
+        std, note = std * rules.SAME, f"{note}, the same for all samples"
+    if role.mates and not p.layout.looked_up:
+        factor = min(rules.beside_small_embedding(*theirs) for theirs in role.mates.values())
+        std, note = factor * std, f"{note}, beside a small embedding"
+    if follower.shortcut or follower.post_norm:
+        std, note = std * rules.BESIDE_NORM, f"{note}, beside a norm"
     values = draw(shape, p.layout, std, distribution, stream(seed, p.key), _wide(p), pairs)
     std_drawn = _rms(values)
     if p.zero_row is not None:

@@ -101,26 +101,30 @@ def init_(
     **Closed form** (no learning rate known). Each weight gets standard deviation ``1 / (g (fan_in fan_out)^(1/4))``
     (:mod:`hessinit.rules`), with the gain g of the activation that follows it and of the depth of the chain of layers
     that it belongs to; ``sqrt(K)`` times as much before an average pooling of K positions, ``1 / sqrt(L)`` of it at the
-    ends of L residual branches, and a quarter of it where the outputs are added to those of a batch norm that they
-    would else drown, as a shortcut's are. Biases become zero, norm layers one and zero. The activation and the depth
-    are read from module order in ``nn.Sequential`` and from the graph of a Keras ``Sequential`` or functional model;
-    for any other model from one traced forward pass if ``batch`` is given; without, only layers that tell by themselves
-    are known (gates, attention, embeddings, PyTorch's transformer layers, Keras's layers with an activation), and for
-    others ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain also takes the scale of the inputs out
-    (:func:`hessinit.rules.input_layer_std`), and so does, where the graph or a batch tells, an embedding that a
-    residual stream, a recurrent layer or attention begins with.
+    ends of L residual branches, and a quarter of it where the outputs are added to those of a norm that they would else
+    drown: a batch norm's, as a shortcut's are, or any norm's where another takes the sum, as in post-norm transformers.
+    An embedding that is the output layer too, and those that are added to it, are as small as that asks for. Biases
+    become zero, norm layers one and zero. A module that gives the same for twice its input is a norm, whoever wrote it;
+    what scales it has of its own stay. The activation and the depth are read from module order in ``nn.Sequential`` and
+    from the graph of a Keras ``Sequential`` or functional model; for any other model from one traced forward pass if
+    ``batch`` is given; without, only layers that tell by themselves are known (gates, attention, embeddings, PyTorch's
+    transformer layers, Keras's layers with an activation), and for others ``nonlinearity`` is assumed. With ``batch``
+    the first layer of a chain also takes the scale of the inputs out (:func:`hessinit.rules.input_layer_std`), and so
+    does, where the graph or a batch tells, an embedding that a residual stream, a recurrent layer or attention begins
+    with.
 
     **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs
     stay at a sensible level; among all ways to do so, by the one that changes the trace of G most
     (:mod:`hessinit.budget`). Where a sample is of at most 100 numbers, the first layer has random biases, scaled with
-    its weights (:func:`hessinit.rules.input_bias_std`); all others are zero. Weights that write to one residual stream,
-    as an embedding and the ends of a transformer's blocks do (in one without norms, the ends of branches), share a
-    factor, so that none drowns the others. A ρ between c and 2, where a step gains nothing, is left as it is; above, it
-    is lowered by the level first. Δ is computed by a private copy of the optimizer, with its weight decay and parameter
-    groups; momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or warm-up with its peak
-    learning rate. The batch goes through the model in training mode, without dropout. It takes at most 30 gradient
-    passes over the batch, mostly 10 to 25.
+    its weights (:func:`hessinit.rules.input_bias_std`); all others are zero. Branches of post-norm transformers keep
+    the closed form's scale: the trace would have them shrunk, and attention grown until it saturates. Weights that
+    write to one stream, as an embedding and the ends of a transformer's blocks do (in one without norms, the ends of
+    branches), share a factor, so that none drowns the others. A ρ between c and 2, where a step gains nothing, is left
+    as it is; above, it is lowered by the level first. Δ is computed by a private copy of the optimizer, with its weight
+    decay and parameter groups; momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or
+    warm-up with its peak learning rate. The batch goes through the model in training mode, without dropout. It takes at
+    most 30 gradient passes over the batch, mostly 10 to 25.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
     error, or an interruption, leaves every parameter as it was. Frozen parameters, and those that Hugging Face's
@@ -260,6 +264,7 @@ def init_(
         values, rows, calibration = start.values, start.rows, None
         if calibrated:
             scalable = {p.name for p in parameters if p.role == WEIGHT and p.proportional} | start.beside.keys()
+            scalable -= {name for name, follower in followers.items() if follower.post_norm}
             weights = {name: value for name, value in values.items() if name in scalable and np.any(value)}
             if not weights:
                 raise ValueError(f"{function}: model must have a weight to scale; got none that is set and not zero.")

@@ -376,6 +376,32 @@ def test_a_shortcut_beside_a_batch_norm_is_found(norm, found):
     assert [name.split("/")[-2] for name, follower in followers.items() if follower.shortcut] == found
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_transformer_with_its_embedding_for_output_layer_and_norms_before_or_after(norm_first):
+    embed = layers.ReversibleEmbedding(20, 8, name="embed")
+    i = keras.Input((6,), dtype="int32")
+    places = layers.Embedding(6, 8, name="places")(keras.ops.cumsum(keras.ops.ones_like(i), 1) - 1)
+    x = layers.Add()([embed(i), places])
+    for k in range(2):
+        for branch in "attention", "down":
+            h = layers.LayerNormalization()(x) if norm_first else x
+            if branch == "attention":
+                h = layers.MultiHeadAttention(2, 4, name=f"attention{k}")(h, h)
+            else:
+                h = layers.Dense(8, name=f"down{k}")(layers.Dense(16, "relu", name=f"up{k}")(h))
+            x = layers.Add()([x, h])
+            x = x if norm_first else layers.LayerNormalization()(x)
+    x = layers.LayerNormalization()(x) if norm_first else x
+    model = keras.Model(i, embed(x, reverse=True))
+    _, report = hessinit.init_(model, np.arange(12, dtype="int32").reshape(2, 6), seed=0, return_report=True)
+    for name in "embed", "places":
+        row = report[f"{name}/embeddings"]
+        assert "drawn for the output layer" in row.note
+        assert row.std_drawn == pytest.approx(rules.curvature_neutral_std(8, 20, 1.0), rel=1e-5)
+    ends = [row.name.split("/")[0] for row in report if "beside a norm" in row.note]
+    assert ends == ([] if norm_first else ["down0", "attention1", "down1"])
+
+
 class OwnNorm(layers.Layer):
     def build(self, shape):
         self.scale = self.add_weight(shape=(shape[-1],), initializer="ones", name="scale")

@@ -37,7 +37,7 @@ ROWS = [
     {""},  # the package itself: lazy names
     {"experiments"},
     {"experiments.data", "experiments.rivals"},
-    {"experiments.learned"},
+    {"experiments.hugging_face", "experiments.learned"},
     {"experiments.baselines", "experiments.make_mini", "experiments.models"},
     {"experiments.parallel", "experiments.statistics"},
     {"experiments.training", "experiments.plots"},

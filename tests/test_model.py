@@ -376,9 +376,14 @@ def test_weights_that_write_to_one_residual_stream_share_a_scale(tied):
     }
     assert set(stream) == writers - ({"embed.weight"} if tied else set())
     assert len(set(stream.values())) == 1
-    assert report["places.weight"].std_drawn == pytest.approx(rules.INPUT_VARIANCE**0.5, rel=1e-5)
     embedding = rules.curvature_neutral_std(8, 20, 1.0) if tied else rules.INPUT_VARIANCE**0.5
-    assert report["embed.weight"].std_drawn == pytest.approx(embedding, rel=1e-5)
+    for name, part in ("embed.weight", 1), ("places.weight", rules.SAME):  # neither drowns the other
+        assert report[name].std_drawn == pytest.approx(part * embedding, rel=1e-5)
+    ends = "block.self_attn.out_proj.weight", "block.linear2.weight", "down.weight"
+    for row in (report[name] for name in ends):
+        whole = rules.curvature_neutral_std(row.fan_in, row.fan_out, row.gain)
+        part = rules.beside_small_embedding(8, 20) if tied else 1
+        assert row.std_drawn == pytest.approx(part * whole, rel=1e-5)
     others = [row.scale for row in report if row.name not in stream and not np.isnan(row.scale)]
     assert len(set(others)) == len(others) == 5
     assert net.down.weight.square().mean().sqrt().item() == pytest.approx(report["down.weight"].std)
@@ -442,10 +447,12 @@ def test_a_shortcut_beside_a_batch_norm_gets_a_quarter_of_the_closed_form():
             nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), block(norm, shortcut), nn.Flatten(), nn.Linear(128, 2)
         )
         _, report = hessinit.init_(net, torch.randn(4, 3, 10, 10), return_report=True)
-        return {row.name: row.std for row in report if "beside a batch norm" in row.note}, report
+        return {row.name: row.std for row in report if "beside a norm" in row.note}, report
 
     beside, report = stds(lambda: nn.BatchNorm2d(8))
-    assert beside == {"2.skip.weight": rules.SHORTCUT * rules.curvature_neutral_std(4, 2, report["2.skip.weight"].gain)}
+    assert beside == {
+        "2.skip.weight": rules.BESIDE_NORM * rules.curvature_neutral_std(4, 2, report["2.skip.weight"].gain)
+    }
     assert report["2.skip.weight"].std_drawn == pytest.approx(beside["2.skip.weight"], rel=1e-5)
     assert stds(lambda: nn.GroupNorm(2, 8))[0] == {}
     assert stds(lambda: nn.BatchNorm2d(8), lambda: nn.Sequential(conv(), nn.BatchNorm2d(8)))[0] == {}
@@ -466,6 +473,71 @@ def test_a_shortcut_beside_a_batch_norm_gets_a_quarter_of_the_closed_form():
 
     for block in Behind, Itself:
         assert stds(lambda: nn.BatchNorm2d(8), block=block)[0] == {}
+
+
+@pytest.mark.parametrize("output", [lambda x, w: x @ w.T, F.linear])
+def test_an_embedding_that_the_forward_takes_for_its_output_layer_is_drawn_as_one(output):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.places, self.norm = nn.Embedding(20, 8), nn.Embedding(6, 8), nn.LayerNorm(8)
+
+        def forward(self, ids):
+            x = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
+            return output(self.norm(x), self.embed.weight)
+
+    _, report = hessinit.init_(Net(), torch.randint(0, 20, (4, 6)), seed=0, return_report=True)
+    for name, part in ("embed.weight", 1), ("places.weight", rules.SAME):
+        assert "drawn for the output layer" in report[name].note
+        assert report[name].std_drawn == pytest.approx(part * rules.curvature_neutral_std(8, 20, 1.0), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("indices", "same"),
+    [
+        (lambda ids: torch.arange(6), True),
+        (lambda ids: torch.arange(6)[None], True),
+        (lambda ids: torch.zeros_like(ids), True),
+        (lambda ids: torch.arange(6).expand_as(ids), True),
+        (lambda ids: ids // 2, False),
+        (lambda ids: ids[:, :1], False),
+    ],
+)
+def test_an_embedding_of_what_is_the_same_for_every_sample_begins_small(indices, same):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.other, self.norm = nn.Embedding(20, 8), nn.Embedding(20, 8), nn.LayerNorm(8)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, ids):
+            return self.head(self.norm(self.embed(ids) + self.other(indices(ids))))
+
+    ids = torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(0))
+    _, report = hessinit.init_(Net(), ids, seed=0, return_report=True)
+    assert report["embed.weight"].std == rules.INPUT_VARIANCE**0.5
+    assert report["other.weight"].std == rules.INPUT_VARIANCE**0.5 * (rules.SAME if same else 1)
+    _, one = hessinit.init_(Net(), ids[:1], seed=0, return_report=True)
+    assert one["embed.weight"].std == rules.INPUT_VARIANCE**0.5  # of one sample all are the same
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_branches_of_a_post_norm_transformer_begin_at_a_quarter_and_stay(norm_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    net = nn.Sequential(nn.Embedding(20, 8), encoder, nn.Linear(8, 20))
+    ids = torch.randint(0, 20, (64, 6), generator=torch.Generator().manual_seed(0))
+    _, report = hessinit.init_(net, (ids, ids), "cross_entropy", lr=0.1, seed=0, return_report=True)
+    beside = {row.name for row in report if "beside a norm" in row.note}
+    first, second = "1.layers.0.linear2.weight", ("1.layers.1.linear2.weight", "1.layers.1.self_attn.out_proj.weight")
+    assert beside == (set() if norm_first else {first, *second})  # the first attention's joins no norm's output
+    for name in beside:
+        gain = report[name].gain
+        fans = report[name].fan_in, report[name].fan_out
+        assert report[name].std == rules.BESIDE_NORM * rules.curvature_neutral_std(*fans, gain)
+        assert np.isnan(report[name].scale)
+    _, alone = hessinit.init_(net, seed=0, return_report=True)
+    assert ("beside a norm" in alone[first].note) != norm_first
 
 
 class _Scaled(nn.Module):

@@ -9,8 +9,10 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hessinit.experiments import hugging_face
 from hessinit.experiments.data import Dataset
 
 if TYPE_CHECKING:
@@ -102,9 +104,16 @@ def torch_resnet(width: int = 16, stride: int = 1, norm: bool = True, activation
 
 
 def torch_transformer(
-    embed: nn.Module, places: int, outputs: int, width: int, layers: int, activation: str, causal: bool
+    embed: nn.Module,
+    places: int,
+    outputs: int,
+    width: int,
+    layers: int,
+    activation: str,
+    causal: bool,
+    norm_first: bool = True,
 ) -> nn.Module:
-    """A pre-norm transformer with learned positions; four heads, feed-forward layers of twice the width, no dropout.
+    """A transformer with learned positions; four heads, feed-forward layers of twice the width, no dropout.
 
     Args:
         embed: from rows of the dataset to (samples, places, width).
@@ -114,6 +123,7 @@ def torch_transformer(
         layers: attention and feed-forward blocks.
         activation: relu or gelu.
         causal: a language model, with outputs at each place that depend on no later one; else their mean decides.
+        norm_first: whether norms stand before layers, as they mostly do now, or after their sums, as in PyTorch.
     """
     import torch
     from torch import nn
@@ -126,10 +136,12 @@ def torch_transformer(
             self.embed = embed
             self.places = nn.Parameter(0.02 * torch.randn(places, width))
             self.blocks = nn.ModuleList(
-                nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, activation, batch_first=True, norm_first=True)
+                nn.TransformerEncoderLayer(
+                    width, 4, 2 * width, 0.0, activation, batch_first=True, norm_first=norm_first
+                )
                 for _ in range(layers)
             )
-            self.norm = nn.LayerNorm(width)
+            self.norm = nn.LayerNorm(width) if norm_first else nn.Identity()
             self.head = nn.Linear(width, outputs)
             hidden = torch.full((places, places), -torch.inf).triu(1) if causal else None
             self.register_buffer("mask", hidden)
@@ -230,11 +242,18 @@ def _images(net: Callable[[str], nn.Module]) -> Callable[[Dataset, str], nn.Modu
     return build
 
 
-def _character_model(data: Dataset, activation: str) -> nn.Module:
-    from torch import nn
+def _character_model(layers: int, norm_first: bool) -> Callable[[Dataset, str], nn.Module]:
+    def build(data: Dataset, activation: str) -> nn.Module:
+        from torch import nn
 
-    embed = nn.Embedding(data.outputs, 64)
-    return torch_transformer(embed, data.x_train.shape[1], data.outputs, 64, 2, activation, causal=True)
+        embed, places = nn.Embedding(data.outputs, 64), data.x_train.shape[1]
+        return torch_transformer(embed, places, data.outputs, 64, layers, activation, True, norm_first)
+
+    return build
+
+
+def _hugging_face(kind: str, data: Dataset, activation: str) -> nn.Module:
+    return hugging_face.model(kind, data)  # the activation is the model's own
 
 
 TRANSFORMER = ("gelu", "relu")
@@ -246,7 +265,16 @@ PROBLEMS = {
     "resnet_bn": Problem("ResNet-8, batch norm", net=_images(lambda activation: torch_resnet(16, 2, True, activation))),
     "resnet": Problem("ResNet-8, no norm", net=_images(lambda activation: torch_resnet(16, 2, False, activation))),
     "vit": Problem("small ViT", net=lambda data, activation: torch_vit(activation), activations=TRANSFORMER),
-    "charlm": Problem("character model", net=_character_model, dataset="topics", activations=TRANSFORMER),
+    "charlm": Problem("character model", None, _character_model(2, True), "topics", TRANSFORMER),
+    **{
+        f"post_norm{n}": Problem(f"post-norm, {n} blocks", None, _character_model(n, False), "topics", TRANSFORMER)
+        for n in (4, 8)
+    },
+    **{
+        kind: Problem(kind, None, partial(_hugging_face, kind), dataset, ("gelu",))
+        for dataset, kinds in (("topics", hugging_face.TEXTS), ("auto", hugging_face.IMAGES))
+        for kind in kinds
+    },
     "digits": Problem("64-64-32-10", (64, 32), dataset="digits"),
     "friedman": Problem("10-64-64-1, regression", (64, 64), dataset="friedman"),
 }

@@ -118,6 +118,11 @@ class Follower:
         branches: of a weight at the end of a branch without norms, the number of branches of its stream; else 1.
         normed: whether a norm takes its outputs.
         shortcut: whether its outputs are added to those of a batch norm that did not come through it.
+        post_norm: whether its outputs are added to those of a norm that it came through, and a norm takes the sum, as
+            at the end of a post-norm transformer's branches.
+        same: whether its outputs are the same for every sample, as those of a position are.
+        output: whether it is also the output layer, as an embedding may be.
+        mates: what is, of the weights that write to the same stream.
     """
 
     name: str
@@ -132,6 +137,10 @@ class Follower:
     branches: int = 1
     normed: bool = False
     shortcut: bool = False
+    post_norm: bool = False
+    same: bool = False
+    output: bool = False
+    mates: frozenset[str] = frozenset()
 
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:

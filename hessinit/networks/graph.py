@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -132,6 +133,8 @@ class WeightGraph:
         self._normed: set[int] = set()  # layers whose outputs a norm takes
         self._batch_normed: set[int] = set()  # those of them whose norm is a batch norm
         self._shortcuts: set[int] = set()  # layers whose outputs are added to a batch norm's beside them
+        self._on_norms: set[int] = set()  # layers whose outputs are added to those of a norm that they came through
+        self._same: set[int] = set()  # layers whose outputs are the same for every sample
         self._branches: list[frozenset[int]] = []  # the layers at the end of each branch that is added to a stream
 
     def join(self, states: Iterable[State]) -> State:
@@ -147,19 +150,22 @@ class WeightGraph:
         )
         return State(pending, layers, past=past, normed=normed)
 
-    def added(self, states: Iterable[State]) -> State:
-        """The state of a sum.
+    def added(self, states: Iterable[State], same: Iterable[State] = ()) -> State:
+        """The state of a sum, and those of its parts that are the same for every sample.
 
-        Of what came, by a chain, from a layer of another part of it, a branch has ended. A layer whose outputs meet
-        those of a batch norm that did not come through it is a shortcut.
+        Of what came, by a chain, from a layer of another part of it, a branch has ended. Layers whose outputs meet a
+        norm's are noted.
         """
         states = list(states)
+        self._same.update(*(state.layers for state in same))
         for one in states:
             if any(other.layers & one.past and one.layers - other.past for other in states):
                 self._branches.append(one.layers)
+            beside = frozenset().union(*(other.layers for other in states if other is not one)) - one.normed
             if ends := one.normed & self._batch_normed:
-                beside = frozenset().union(*(other.layers for other in states if other is not one))
                 self._shortcuts.update(k for k in beside - self._shortcuts if not self._came_through(k, ends))
+            if one.normed and not one.layers:
+                self._on_norms.update(k for k in beside - self._on_norms if self._came_through(k, one.normed))
         state = self.join(states)
         meeting = [stream for stream in self._streams if stream & state.layers]
         self._streams = [s for s in self._streams if s not in meeting] + [state.layers.union(*meeting)]
@@ -285,7 +291,8 @@ class WeightGraph:
         for layer in reversed(range(len(self._names))):
             for b in self._before[layer]:
                 ahead[b] = max(ahead[b], 1 + ahead[layer])
-        written = self._written()
+        written, outputs = self._written(), self._outputs_too()
+        mates = [outputs.intersection(n for layer in stream for n in self._names[layer]) for stream in self._streams]
         found = {}
         for layer, names in enumerate(self._names):
             for name in names:
@@ -298,23 +305,39 @@ class WeightGraph:
                     data, takers, last = self._data[layer], self._pairs(layer), layer in self._last
                     stream, branches = written.get(name, (None, 1))
                     begins = stream is not None or layer in self._begun
-                    normed, shortcut = layer in self._normed, layer in self._shortcuts
                     found[name] = Follower(
-                        *activation, depth, data, takers, positions, last, begins, stream, branches, normed, shortcut
+                        *(*activation, depth, data, takers, positions, last, begins, stream, branches),
+                        normed=layer in self._normed,
+                        shortcut=name in self._writers and layer in self._shortcuts,
+                        post_norm=name in self._writers and self._ends_before_norm(layer),
+                        same=layer in self._same,
+                        output=name in outputs,
+                        mates=frozenset() if stream is None else mates[stream],
                     )
         return found
+
+    def _ends_before_norm(self, layer: int) -> bool:
+        """Whether a norm takes the sum of a norm's outputs and this layer's, and nothing else."""
+        if layer not in self._on_norms & self._normed:
+            return False
+        return any(layer in stream and stream <= self._on_norms for stream in self._streams)
+
+    def _outputs_too(self) -> frozenset[str]:
+        """Weights that are met elsewhere and in an output layer."""
+        met = Counter(name for names in self._names for name in names)
+        return frozenset(name for layer in self._last for name in self._names[layer] if met[name] > 1)
 
     def _written(self) -> Mapping[str, tuple[int, int]]:
         """Of each weight that writes to a stream, and to nothing else: which one, and its number of branches.
 
-        One tied to the output layer writes elsewhere too. Of a stream without norms the ends of branches alone count:
-        what enters it is what they take, and shrinks them as it shrinks.
+        One tied to the output layer writes elsewhere too. Of a stream that no norm takes the ends of branches alone
+        count: what enters it is what they take, and shrinks them as it shrinks.
         """
         places: dict[int, tuple[int, int]] = {}
         for k, stream in enumerate(self._streams):
             ends = [branch for branch in self._branches if branch <= stream]
-            writers = frozenset().union(*ends) or (stream if stream & self._normed else ())
-            places |= dict.fromkeys(writers, (k, len(ends) or 1))
+            places |= dict.fromkeys(stream if stream & self._normed else (), (k, 1))
+            places |= dict.fromkeys(frozenset().union(*ends), (k, len(ends)))
         met: dict[str, set[tuple[int, int] | None]] = {}
         for layer, names in enumerate(self._names):
             for name in self._writers.intersection(names):

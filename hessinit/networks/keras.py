@@ -399,7 +399,9 @@ def _step(
         one, two = zip(tensors, given, strict=True)
         return [graph.product(one, two)]
     if type(operation).__name__ in _SUMS and len(given) > 1:
-        return [graph.added(given)]
+        most = max(len(t.shape) for t in tensors)
+        same = [s for s, t in zip(given, tensors, strict=True) if len(t.shape) < most or t.shape[0] == 1]
+        return [graph.added(given, same if len(same) < len(given) else ())]
     if not isinstance(operation, keras.Layer):
         return [_activate(graph, state, operation, tensors)]
     weights = [v.path for layer, v in _owned_variables(operation) if weight_layout(layer, v.name) is not None]

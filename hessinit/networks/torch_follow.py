@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -134,7 +135,7 @@ def _inside(module: nn.Module) -> Iterator[tuple[nn.Module, Follower]]:
         if is_activation(function):
             name = getattr(module.activation, "__name__", type(module.activation).__name__)
             yield module.linear1, Follower(name, function)
-        yield module.linear2, LINEAR
+        yield module.linear2, replace(LINEAR, post_norm=not module.norm_first)
 
 
 def _weights(module: nn.Module, names: Mapping[int, str], computed: Mapping[int, list[str]]) -> list[str]:
@@ -202,7 +203,8 @@ class _Tracer(TorchFunctionMode):
             elif name in _PRODUCTS and len(states) == 2:
                 state = self.graph.product(*((t, self.states[t]) for t in given))
             elif name in _SUMS and len(states) > 1:
-                state = self.graph.added(states)
+                same = [self.states[t] for t in given if t in self.states and _is_same(t, made[0])]
+                state = self.graph.added(states, same)
             elif name in _AVERAGING_FUNCTIONS:
                 axes = _AVERAGING_FUNCTIONS[name]
                 kernel = kwargs["kernel_size"] if "kernel_size" in kwargs else args[1]
@@ -267,6 +269,13 @@ class _Tracer(TorchFunctionMode):
         if self.normalises:
             self.inside, self.normalises = 0, False
             self.states[output] = self.graph.norm(self.states[args[0]])
+
+
+def _is_same(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether a part of a sum is the same for every sample, of two or more."""
+    if part.ndim < whole.ndim or len(part) < len(whole):
+        return True
+    return len(part) > 1 and torch.equal(part[0], part[1]) and torch.equal(part, part[:1].expand_as(part))
 
 
 def _positions(kernel: int | Sequence[int], axes: int) -> int:

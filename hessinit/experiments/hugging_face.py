@@ -1,0 +1,64 @@
+"""Small models of Hugging Face's transformers, as their configurations make them, without dropout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hessinit.experiments.data import Dataset
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 64},
+    "bert": {"is_decoder": True},
+    "llama": {},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
+    "falcon": {},
+    "gpt_neox": {},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+}
+"""Causal language models of three blocks of width 64, by model type, with what their configurations need besides."""
+IMAGES: dict[str, dict[str, Any]] = {
+    "convnext": {"patch_size": 2, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
+    "regnet": {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "groups_width": 8},
+    "poolformer": {"num_encoder_blocks": 4, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
+}
+"""Classifiers of images of 28 × 28, likewise."""
+_SIZES = {
+    **{"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},
+    **{"max_position_embeddings": 64, "use_cache": False},
+}
+
+
+def model(kind: str, data: Dataset) -> nn.Module:
+    """A model that takes the rows of a dataset, with the initial weights that the library gives it.
+
+    Args:
+        kind: one of ``TEXTS`` or ``IMAGES``.
+        data: characters for the former, images for the latter.
+    """
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+
+    class Logits(nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inputs = x if kind in TEXTS else x.reshape(-1, 1, 28, 28)
+            return self.inner(inputs).logits  # type: ignore[no-any-return]
+
+    if kind in TEXTS:
+        config = AutoConfig.for_model(kind, vocab_size=data.outputs, **_SIZES, **TEXTS[kind])
+        made = AutoModelForCausalLM.from_config(config)
+    else:
+        config = AutoConfig.for_model(kind, num_channels=1, image_size=28, num_labels=data.outputs, **IMAGES[kind])
+        made = AutoModelForImageClassification.from_config(config)
+    for module in made.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return Logits(made)
