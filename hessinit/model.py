@@ -103,15 +103,15 @@ def init_(
     that it belongs to; ``sqrt(K)`` times as much before an average pooling of K positions, ``1 / sqrt(L)`` of it at the
     ends of L residual branches, and a quarter of it where the outputs are added to those of a norm that they would else
     drown: a batch norm's, as a shortcut's are, or any norm's where another takes the sum, as in post-norm transformers.
-    An embedding that is the output layer too, and those that are added to it, are as small as that asks for. Biases
-    become zero, norm layers one and zero. A module that gives the same for twice its input is a norm, whoever wrote it;
-    what scales it has of its own stay. The activation and the depth are read from module order in ``nn.Sequential`` and
-    from the graph of a Keras ``Sequential`` or functional model; for any other model from one traced forward pass if
-    ``batch`` is given; without, only layers that tell by themselves are known (gates, attention, embeddings, PyTorch's
-    transformer layers, Keras's layers with an activation), and for others ``nonlinearity`` is assumed. With ``batch``
-    the first layer of a chain also takes the scale of the inputs out (:func:`hessinit.rules.input_layer_std`), and so
-    does, where the graph or a batch tells, an embedding that a residual stream, a recurrent layer or attention begins
-    with.
+    An embedding that is the output layer too, and those that are added to it, are as small as that asks for; one that
+    is the same for every sample, as a position's, is a fifth of that. Biases become zero, norm layers one and zero. A
+    module that gives the same for twice its input is a norm, whoever wrote it; what scales it has of its own stay. The
+    activation and the depth are read from module order in ``nn.Sequential`` and from the graph of a Keras
+    ``Sequential`` or functional model; for any other model from one traced forward pass if ``batch`` is given; without,
+    only layers that tell by themselves are known (gates, attention, embeddings, PyTorch's transformer layers, Keras's
+    layers with an activation), and for others ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain
+    also takes the scale of the inputs out (:func:`hessinit.rules.input_layer_std`), and so does, where the graph or a
+    batch tells, an embedding that a residual stream, a recurrent layer or attention begins with.
 
     **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs

@@ -26,6 +26,7 @@ import pandas as pd
 from hessinit.calibration import NO_GAIN, PROPORTIONAL, SHARPER, SIGN_LIKE
 from hessinit.experiments import data, models, plots, training
 from hessinit.experiments.baselines import INITIALIZERS
+from hessinit.experiments.statistics import against_best
 from hessinit.experiments.study import Task, rows
 
 SEEDS = tuple(range(10))
@@ -103,17 +104,7 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
 
     ``errors`` is that difference in standard errors, over seeds paired between the two; above 2 the budget lost.
     """
-    table = at_default(table)
-    found = []
-    for key, group in table.groupby(["set", "problem", "activation", "optimizer", "lr"], sort=False):
-        losses = group.pivot(index="seed", columns="initializer", values="last_fifth_loss")
-        means = losses[[name for name in RIVALS if name in losses]].mean(skipna=False)
-        best = str(means.idxmin())
-        difference = losses["budget"] - losses[best]
-        error = difference.std(ddof=1) / len(difference) ** 0.5
-        found.append((*key, losses["budget"].mean(skipna=False), best, means[best], difference.mean() / error))
-    columns = ["set", "problem", "activation", "optimizer", "lr", "budget", "best", "rival", "errors"]
-    return pd.DataFrame(found, columns=columns)
+    return against_best(at_default(table), RIVALS)
 
 
 def draw(table: pd.DataFrame) -> Any:

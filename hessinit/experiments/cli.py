@@ -43,7 +43,8 @@ def compare(
         str,
         typer.Option(
             help="mlp (784-128-84-10), mlp2, mlp6, mlp12, mlp30, mlp50, mlp100, mlp_wide, lenet, resnet_bn, resnet, "
-            "vit, charlm, digits or friedman; comma-separated."
+            "vit, charlm, post_norm4, post_norm8, digits, friedman or, with transformers, gpt2, opt, bert, llama, "
+            "gemma, falcon, gpt_neox, mixtral, convnext, regnet or poolformer; comma-separated."
         ),
     ] = "mlp",
     optimizer: Annotated[str, typer.Option(help="sgd, momentum (0.9), adam or adamw; comma-separated.")] = "sgd",

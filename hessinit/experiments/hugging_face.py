@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hessinit.experiments.data import Dataset
 
 if TYPE_CHECKING:
     from torch import nn
 
-TEXTS: dict[str, dict[str, Any]] = {
-    "gpt2": {},
-    "opt": {"ffn_dim": 256, "word_embed_proj_dim": 64},
-    "bert": {"is_decoder": True},
-    "llama": {},
-    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
-    "falcon": {},
-    "gpt_neox": {},
-    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+
+class Kind(NamedTuple):
+    """A type of model.
+
+    Args:
+        title: for tables and figures.
+        activation: its own.
+        options: what its configuration needs besides the sizes that all share.
+    """
+
+    title: str
+    activation: str
+    options: dict[str, Any]
+
+
+WIDTHS = [16, 32, 48, 64]
+TEXTS = {
+    "gpt2": Kind("GPT-2", "gelu", {}),
+    "opt": Kind("OPT", "relu", {"ffn_dim": 256, "word_embed_proj_dim": 64}),
+    "bert": Kind("BERT", "gelu", {"is_decoder": True}),
+    "llama": Kind("Llama", "silu", {}),
+    "gemma": Kind("Gemma", "gelu", {"num_key_value_heads": 1, "head_dim": 16}),
+    "falcon": Kind("Falcon", "gelu", {}),
+    "gpt_neox": Kind("GPT-NeoX", "gelu", {}),
+    "mixtral": Kind("Mixtral", "silu", {"num_key_value_heads": 2, "num_local_experts": 4}),
 }
-"""Causal language models of three blocks of width 64, by model type, with what their configurations need besides."""
-IMAGES: dict[str, dict[str, Any]] = {
-    "convnext": {"patch_size": 2, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]},
-    "regnet": {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1], "groups_width": 8},
-    "poolformer": {"num_encoder_blocks": 4, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
+"""Causal language models of three blocks of width 64, by model type."""
+IMAGES = {
+    "convnext": Kind("ConvNeXt", "gelu", {"patch_size": 2, "hidden_sizes": WIDTHS, "depths": [1, 1, 2, 1]}),
+    "regnet": Kind(
+        "RegNet", "relu", {"embedding_size": 16, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1], "groups_width": 8}
+    ),
+    "poolformer": Kind("PoolFormer", "gelu", {"num_encoder_blocks": 4, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]}),
 }
 """Classifiers of images of 28 × 28, likewise."""
 _SIZES = {
     **{"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},
-    **{"max_position_embeddings": 64, "use_cache": False},
+    **{"max_position_embeddings": 64, "use_cache": False, "pad_token_id": None},  # every character is a real one
 }
 
 
@@ -53,10 +71,12 @@ def model(kind: str, data: Dataset) -> nn.Module:
             return self.inner(inputs).logits  # type: ignore[no-any-return]
 
     if kind in TEXTS:
-        config = AutoConfig.for_model(kind, vocab_size=data.outputs, **_SIZES, **TEXTS[kind])
+        config = AutoConfig.for_model(kind, vocab_size=data.outputs, **_SIZES, **TEXTS[kind].options)
         made = AutoModelForCausalLM.from_config(config)
     else:
-        config = AutoConfig.for_model(kind, num_channels=1, image_size=28, num_labels=data.outputs, **IMAGES[kind])
+        config = AutoConfig.for_model(
+            kind, num_channels=1, image_size=28, num_labels=data.outputs, **IMAGES[kind].options
+        )
         made = AutoModelForImageClassification.from_config(config)
     for module in made.modules():
         if isinstance(module, nn.Dropout):

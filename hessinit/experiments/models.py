@@ -253,7 +253,7 @@ def _character_model(layers: int, norm_first: bool) -> Callable[[Dataset, str], 
 
 
 def _hugging_face(kind: str, data: Dataset, activation: str) -> nn.Module:
-    return hugging_face.model(kind, data)  # the activation is the model's own
+    return hugging_face.model(kind, data)  # which has this activation
 
 
 TRANSFORMER = ("gelu", "relu")
@@ -271,9 +271,9 @@ PROBLEMS = {
         for n in (4, 8)
     },
     **{
-        kind: Problem(kind, None, partial(_hugging_face, kind), dataset, ("gelu",))
+        name: Problem(kind.title, None, partial(_hugging_face, name), dataset, (kind.activation,))
         for dataset, kinds in (("topics", hugging_face.TEXTS), ("auto", hugging_face.IMAGES))
-        for kind in kinds
+        for name, kind in kinds.items()
     },
     "digits": Problem("64-64-32-10", (64, 32), dataset="digits"),
     "friedman": Problem("10-64-64-1, regression", (64, 64), dataset="friedman"),

@@ -144,3 +144,27 @@ def steps_to(curve: Iterable[tuple[int, float]], loss: float) -> float:
         (40, inf)
     """
     return next((step for step, value in curve if value <= loss), math.inf)
+
+
+def against_best(runs: pd.DataFrame, rivals: Iterable[str], name: str = "budget") -> pd.DataFrame:
+    """By problem, optimizer and learning rate: an initializer's mean loss, the best rival's, and their difference.
+
+    Args:
+        runs: a table with the columns ``set, problem, activation, optimizer, lr, initializer, seed, last_fifth_loss``.
+        rivals: of which the best is taken after the fact; one that diverged is none.
+        name: the initializer.
+
+    Returns:
+        Columns ``budget`` (or another ``name``), ``best``, ``rival`` (its loss) and ``errors``: the difference in
+        standard errors, over seeds paired between the two; above 2 the initializer lost.
+    """
+    keys = ["set", *PROBLEM, "lr"]
+    found = []
+    for key, group in runs.groupby(keys, sort=False):
+        losses = group.pivot(index="seed", columns="initializer", values="last_fifth_loss")
+        means = losses[[rival for rival in rivals if rival in losses]].mean(skipna=False)
+        best = str(means.idxmin())
+        difference = losses[name] - losses[best]
+        error = difference.std(ddof=1) / len(difference) ** 0.5
+        found.append((*key, losses[name].mean(skipna=False), best, means[best], difference.mean() / error))
+    return pd.DataFrame(found, columns=[*keys, name, "best", "rival", "errors"])
