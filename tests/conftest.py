@@ -7,6 +7,7 @@ from importlib.machinery import ModuleSpec
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel processes, on small problems
+sys.modules["torchvision"] = None  # no test needs it, and transformers is of no use with one that is for another torch
 
 
 class Unused(Loader):
