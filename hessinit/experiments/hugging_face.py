@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+PACKAGE = "transformers"
+
+
 class Kind(NamedTuple):
     """A type of model.
 

@@ -213,6 +213,7 @@ class Problem:
         net: of (dataset, activation), for those.
         dataset: its own, by the name that :func:`hessinit.experiments.data.load` knows.
         activations: that the net can have.
+        package: that it is from, which may not be installed.
     """
 
     title: str
@@ -220,6 +221,7 @@ class Problem:
     net: Callable[[Dataset, str], nn.Module] | None = None
     dataset: str = "auto"
     activations: tuple[str, ...] = ACTIVATIONS
+    package: str = "torch"
 
     def widths(self, data: Dataset) -> list[int]:
         """Of a plain net: inputs, hidden layers, outputs."""
@@ -271,7 +273,7 @@ PROBLEMS = {
         for n in (4, 8)
     },
     **{
-        name: Problem(kind.title, None, partial(_hugging_face, name), dataset, (kind.activation,))
+        name: Problem(kind.title, None, partial(_hugging_face, name), dataset, (kind.activation,), hugging_face.PACKAGE)
         for dataset, kinds in (("topics", hugging_face.TEXTS), ("auto", hugging_face.IMAGES))
         for name, kind in kinds.items()
     },

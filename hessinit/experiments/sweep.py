@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import itertools
 import math
@@ -65,6 +66,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         _one_of("problem", self.problem, models.PROBLEMS)
+        package = models.PROBLEMS[self.problem].package
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"compare: problem {self.problem} must have the package {package}; it is not installed.")
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("framework", self.framework, FRAMEWORKS)
         for initializer, activation in self.rows:

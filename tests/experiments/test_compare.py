@@ -161,6 +161,12 @@ def test_every_problem_trains_and_the_budget_fits_it(name):
         assert low * 0.999 <= report.calibration.scales[name] <= high * 1.001
 
 
+def test_a_problem_whose_package_is_not_installed_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(models.PROBLEMS, "mlp", replace(models.PROBLEMS["mlp"], package="no_such_package"))
+    with pytest.raises(ValueError, match=r"compare: problem mlp must have the package no_such_package; it is not inst"):
+        Plan(rows=[("he_normal", "relu")])
+
+
 def test_runs_repeat_and_seeds_matter():
     one, two, other = (training.train(run(seed=s), FIRST).train_loss for s in (1, 1, 2))
     assert one == two != other
