@@ -47,7 +47,7 @@ def current(
     """
     values: dict[str, Any] = {}
     rows: dict[str, Row] = {}
-    begun = {name: rules.BESIDE_NORM for name, follower in followers.items() if follower.shortcut or follower.post_norm}
+    begun = {name: rules.BESIDE_NORM for name, follower in followers.items() if follower.beside_norm}
     for p in parameters:
         if p.name in left or p.role != WEIGHT or p.derived:
             note = f"left: parametrized by {p.derived}" if p.derived else "left: not a weight"
@@ -222,7 +222,7 @@ def _drawn(p: Parameter, role: Role, distribution: str, seed: int) -> tuple[Any,
     if role.mates and not p.layout.looked_up:
         factor = min(rules.beside_small_embedding(*theirs) for theirs in role.mates.values())
         std, note = factor * std, f"{note}, beside a small embedding"
-    if follower.shortcut or follower.post_norm:
+    if follower.beside_norm:
         std, note = std * rules.BESIDE_NORM, f"{note}, beside a norm"
     values = draw(shape, p.layout, std, distribution, stream(seed, p.key), _wide(p), pairs)
     std_drawn = _rms(values)

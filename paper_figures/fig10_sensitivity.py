@@ -118,18 +118,11 @@ def draw(table: pd.DataFrame) -> Any:
         for panel, optimizer in zip(row, LRS, strict=True):
             own = table[(table.problem == problem) & (table.activation == activation) & (table.optimizer == optimizer)]
             for (initializer, c), runs in own.groupby(["initializer", "c"], dropna=False, sort=False):
-                by_lr = runs.groupby("lr").last_fifth_loss
                 factor = c / default(problem, optimizer) if initializer == "budget" else 1.0
                 style = "-." if initializer == UNPAIRED else {0.5: ":", 2.0: "--"}.get(round(factor, 3), "-")
                 label = INITIALIZERS[initializer].label + (f", c × {factor:g}" if factor != 1.0 else "")
-                means, spread = by_lr.mean(), by_lr.std()
-                width = 2.2 if initializer == "budget" and style == "-" else 1.2
-                panel.errorbar(
-                    means.index, means, spread, fmt=style, marker="o", markersize=3, linewidth=width,
-                    color=plots.COLOURS[initializer], label=label,
-                )  # fmt: skip
-            panel.set(xscale="log", yscale="log", xlabel=f"learning rate, {optimizer}", ylabel="train loss")
-            plots.plain_numbers(panel.yaxis)
+                bold = initializer == "budget" and style == "-"
+                plots.losses_by_rate(panel, runs, plots.COLOURS[initializer], label, optimizer, style, bold)
             panel.set_title(f"{models.PROBLEMS[problem].title}, {activation} ({group})", fontsize="medium")
     plots.legend_above(made, 4)
     return made

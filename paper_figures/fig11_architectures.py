@@ -72,14 +72,8 @@ def draw(table: pd.DataFrame) -> Any:
     for panel, problem in zip(panels, problems, strict=False):
         own = table[table.problem == problem]
         for initializer, runs in own.groupby("initializer", sort=False):
-            by_lr = runs.groupby("lr").last_fifth_loss
-            panel.errorbar(
-                by_lr.mean().index, by_lr.mean(), by_lr.std(), marker="o", markersize=3,
-                linewidth=2.2 if initializer == "budget" else 1.2,
-                color=plots.COLOURS[initializer], label=INITIALIZERS[initializer].label,
-            )  # fmt: skip
-        panel.set(xscale="log", yscale="log", xlabel="learning rate, Adam", ylabel="train loss")
-        plots.plain_numbers(panel.yaxis)
+            label, bold = INITIALIZERS[initializer].label, initializer == "budget"
+            plots.losses_by_rate(panel, runs, plots.COLOURS[initializer], label, "Adam", bold=bold)
         panel.set_title(f"{models.PROBLEMS[problem].title} ({own.set.iloc[0]})", fontsize="medium")
     plots.legend_above(made, 4)
     return made

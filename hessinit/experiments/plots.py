@@ -222,3 +222,34 @@ def _whole_rows(path: Path) -> list[dict[str, str]]:
     """Of a table whose last line may have been cut short."""
     text = path.read_text(encoding="utf-8")
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+
+def losses_by_rate(
+    axes: Axes, runs: DataFrame, colour: str, label: str, optimizer: str, style: str = "-", bold: bool = False
+) -> None:
+    """The mean loss of the last fifth against the learning rate, with its standard deviation over seeds.
+
+    Args:
+        axes: to draw on.
+        runs: table of one initializer, with columns ``lr`` and ``last_fifth_loss``.
+        colour: of the line.
+        label: for the legend.
+        optimizer: for the axis.
+        style: of the line.
+        bold: whether the line is thick.
+    """
+    by_rate = runs.groupby("lr").last_fifth_loss
+    means, width = by_rate.mean(), 2.2 if bold else 1.2
+    axes.errorbar(
+        means.index,
+        means,
+        by_rate.std(),
+        fmt=style,
+        marker="o",
+        markersize=3,
+        linewidth=width,
+        color=colour,
+        label=label,
+    )
+    axes.set(xscale="log", yscale="log", xlabel=f"learning rate, {optimizer}", ylabel="train loss")
+    plain_numbers(axes.yaxis)

@@ -142,6 +142,11 @@ class Follower:
     output: bool = False
     mates: frozenset[str] = frozenset()
 
+    @property
+    def beside_norm(self) -> bool:
+        """Whether its outputs are added to those of a norm, which they would drown."""
+        return self.shortcut or self.post_norm
+
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:
     """The name, by ``id``, of the innermost of some modules among the callers of what raised the error; "" if none."""
