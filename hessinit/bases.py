@@ -103,14 +103,16 @@ def closed_form(
     mirrors = _mirrors(followers, parameters, left, features) if paired else {}
     beside = _beside(followers, parameters, left) if biased else {}
     outputs = _as_outputs(parameters, followers)
+    of_weight = {name for name, bias in beside.items() if bias.activation is None}
     named = Counter(p.role for p in parameters if p.name in (ends or ()))[WEIGHT]
-    for p in parameters:
+    for p in sorted(parameters, key=lambda p: p.name in of_weight):  # after it
         if p.name in left:
             rows[p.name] = _row(p, touched=False, note=left[p.name])
         elif p.name in beside:
             weight = beside[p.name].weight
             pairs = mirrors.get(weight, UNPAIRED)
-            values[p.name], rows[p.name] = _bias(p, followers[weight], pairs, distribution, seed)
+            std = _bias_std(followers[weight], rows[weight].std if p.name in of_weight else None)
+            values[p.name], rows[p.name] = _bias(p, std, pairs, distribution, seed)
         elif p.role != WEIGHT:
             values[p.name], rows[p.name] = _constant(p, forget_bias)
         else:
@@ -149,7 +151,7 @@ def _mirrors(
 def _beside(
     followers: Mapping[str, Follower], parameters: Sequence[Parameter], left: Mapping[str, str]
 ) -> dict[str, Beside]:
-    """The biases to be drawn, by name: of a chain's first layer, of few inputs."""
+    """The biases to be drawn, by name: of a chain's first layer, of few inputs or where a norm would take zeros."""
     in_layers: dict[str, list[Parameter]] = {}
     for p in parameters:
         in_layers.setdefault(p.layer, []).append(p)
@@ -161,6 +163,8 @@ def _beside(
             data = _first_data(follower)
             if follower is not None and data is not None and rules.input_bias_std(data.numbers):
                 found[named[BIAS]] = Beside(named[WEIGHT], follower.function)
+            elif follower is not None and follower.blank:
+                found[named[BIAS]] = Beside(named[WEIGHT], None)
     return found
 
 
@@ -258,10 +262,16 @@ def _std(layout: Layout, fans: Fans, gain: float, follower: Follower) -> tuple[f
     return rules.curvature_neutral_std(fans.fan_in, fans.fan_out, gain, follower.averaged), "drawn"
 
 
-def _bias(p: Parameter, follower: Follower, pairs: Pairs, distribution: str, seed: int) -> tuple[Any, Row]:
-    """The values of the bias of a first layer."""
+def _bias_std(follower: Follower, of_weight: float | None) -> float:
+    """The std of the bias of a first layer, where it goes by the weight's, of which that is given."""
     assert follower.data is not None  # as _beside has seen
-    std = rules.input_bias_std(follower.data.numbers, follower.averaged)
+    if of_weight is None:
+        return rules.input_bias_std(follower.data.numbers, follower.averaged)
+    return of_weight * math.sqrt(follower.data.moment or 1.0)
+
+
+def _bias(p: Parameter, std: float, pairs: Pairs, distribution: str, seed: int) -> tuple[Any, Row]:
+    """The values of the bias of a first layer."""
     values = draw(p.shape, Layout("o"), std, distribution, stream(seed, p.key), _wide(p), Pairs(pairs.outputs))
     return values, _row(p, touched=True, note="drawn as of one more input", std=std, std_drawn=_rms(values))
 

@@ -30,8 +30,7 @@ zero cost less.
 Slopes take more passes than a probe. Where new ones would take too many, those of the point before have to do for the
 rest of the way, which is short by then: mostly the target is met all the same.
 
-A weight before a norm, which the outputs do not follow, has closer bounds: nets with norms train worse with weights
-smaller than 1/20 (by 4 to 14 % at small learning rates) and GPTs with weights larger than 4 (by 5 %), others better.
+A weight before a norm, which the outputs do not follow, may have closer bounds.
 
 Nothing here knows of networks: a probe is anything with these three numbers and two gradients.
 """
@@ -60,7 +59,6 @@ BACK = 2.0  # of log ρ: what the way back into the level's band may cost
 INSIDE = 0.25  # of the level's band: how far beyond its edge the way back aims
 STILL = 0.02  # length of a step that changes nothing if log ρ and log r change by no more
 WORTH = 0.25  # of what log ρ is above its range, by which a step must lower it for another to be made
-NORMED = 1 / 20, 4.0  # scales of what a norm follows: smaller, a step turns it too far, and larger not at all
 FOLLOWED = 0.05  # d log r / dθ of what the outputs follow; before a norm it is 0
 TRADE = 0.5  # of a step, by which all scales together may grow where only two are left to trade
 RATIO = 0.2, 3.0  # what a secant may say of d log ρ / d log T
@@ -118,6 +116,7 @@ def solve(
     target: tuple[float, float],
     level: tuple[float, float],
     scales: tuple[float, float],
+    normed: tuple[float, float] | None = None,
     floor: float | None = None,
     max_probes: int = MAX_PROBES,
     affords: Callable[[bool], bool] = lambda slopes: True,
@@ -129,7 +128,8 @@ def solve(
         size: number of scales.
         target: lowest and highest step sharpness; equal for one number.
         level: lowest and highest level.
-        scales: smallest and largest scale, around 1; ``NORMED`` if narrower, of what the outputs do not follow.
+        scales: smallest and largest scale, around 1.
+        normed: those, if narrower, of what the outputs do not follow; None for the same.
         floor: the level down to which the band may be opened; None for its lower end.
         max_probes: at most this many are made.
         affords: whether one more may be made, with new slopes (True) or the old ones (False).
@@ -159,6 +159,7 @@ def solve(
         band=(math.log(level[0]), math.log(level[1])),
         lowest=math.log(level[0] if floor is None else floor),
         box=np.log(np.tile(scales, (size, 1)).T),
+        normed=normed,
     )
     held = False
     while search.best.finite and not search.on_target(search.best) and len(points) < max_probes:
@@ -200,6 +201,7 @@ class _Search:
         band: lowest and highest log r.
         lowest: the log r down to which the band may be opened.
         box: smallest and largest log scales, shape (2, size).
+        normed: smallest and largest scale of what the outputs do not follow; None for no closer ones.
         slopes: ``∇ log T`` and ``∇ log r`` at ``best``, or at a point before it.
         moved: whether it was before it.
         ratio: ``d log ρ / d log T``.
@@ -212,6 +214,7 @@ class _Search:
     band: tuple[float, float]
     lowest: float
     box: Vector
+    normed: tuple[float, float] | None = None
     slopes: tuple[Vector, Vector] | None = None
     moved: bool = False
     ratio: float = 1.0
@@ -241,9 +244,9 @@ class _Search:
 
     def look(self, slopes: tuple[Vector, Vector]) -> None:
         """Takes new slopes; the first ones tell what the outputs do not follow."""
-        if self.slopes is None:
+        if self.slopes is None and self.normed is not None:
             normed = np.abs(slopes[1]) < FOLLOWED
-            self.box[:, normed] = np.clip(self.box[:, normed], *np.log(NORMED))
+            self.box[:, normed] = np.clip(self.box[:, normed], *np.log(self.normed))
         self.slopes, self.moved = slopes, False
 
     def step(self) -> Vector:

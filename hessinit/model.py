@@ -16,7 +16,7 @@ import numpy as np
 from hessinit import rules
 from hessinit.bases import Base, closed_form, current
 from hessinit.batches import ONE_AT_A_TIME, Batches, at_the_end, inputs_and_targets, out_of_memory, random_states_kept
-from hessinit.calibration import MAX_SCALE, Calibration, Target, calibrate, streams_of, take
+from hessinit.calibration import MAX_SCALE, Calibration, Target, calibrate, sharing, take
 from hessinit.calibration import check as check_target
 from hessinit.draw import check_distribution
 from hessinit.networks import wrap
@@ -117,14 +117,16 @@ def init_(
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs
     stay at a sensible level; among all ways to do so, by the one that changes the trace of G most
     (:mod:`hessinit.budget`). Where a sample is of at most 100 numbers, the first layer has random biases, scaled with
-    its weights (:func:`hessinit.rules.input_bias_std`); all others are zero. Branches of post-norm transformers keep
-    the closed form's scale: the trace would have them shrunk, and attention grown until it saturates. Weights that
-    write to one stream, as an embedding and the ends of a transformer's blocks do (in one without norms, the ends of
-    branches), share a factor, so that none drowns the others. A ρ between c and 2, where a step gains nothing, is left
-    as it is; above, it is lowered by the level first. Δ is computed by a private copy of the optimizer, with its weight
-    decay and parameter groups; momentum counts with the step of its steady state, ``lr / (1 − μ)``, a schedule or
-    warm-up with its peak learning rate. The batch goes through the model in training mode, without dropout. It takes at
-    most 30 gradient passes over the batch, mostly 10 to 25.
+    its weights (:func:`hessinit.rules.input_bias_std`); and so has one of whose outputs a norm would take some that are
+    zero but for biases, as of an image's black border or of padding, and blow up every step there. All other biases are
+    zero. Weights that write to one stream, as an embedding and the ends of a transformer's blocks do (in one without
+    norms, the ends of branches), share a factor, so that none drowns the others; and so do those whose scale the next
+    norm takes out, so that all of them turn alike. Branches of post-norm transformers keep the closed form's scale: the
+    trace would have them shrunk, and attention grown until it saturates. A ρ between c and 2, where a step gains
+    nothing, is left as it is; above, it is lowered by the level first. Δ is computed by a private copy of the
+    optimizer, with its weight decay and parameter groups; momentum counts with the step of its steady state,
+    ``lr / (1 − μ)``, a schedule or warm-up with its peak learning rate. The batch goes through the model in training
+    mode, without dropout. It takes at most 30 gradient passes over the batch, mostly 10 to 25.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
     error, or an interruption, leaves every parameter as it was. Frozen parameters, and those that Hugging Face's
@@ -276,7 +278,8 @@ def init_(
             if base == CURRENT:
                 values = {name: values[name] for name in weights}
     law = distribution if base == CLOSED_FORM else None
-    report = Report(tuple(rows[p.name] for p in parameters), seed, law, calibration, tuple(network.buffers()))
+    blank = _without_bias(network, parameters, followers, values)
+    report = Report(tuple(rows[p.name] for p in parameters), seed, law, calibration, tuple(network.buffers()), blank)
     _write(network, values)
     return (model, report) if return_report else model
 
@@ -350,8 +353,25 @@ def _shared(group: Group, followers: Mapping[str, Follower]) -> dict[str, Follow
     """With the mean square of the inputs of all processes."""
     data = {name: f.data for name, f in followers.items() if f.data is not None}
     total = group.sum({name: d.moment for name, d in data.items()}) if data else {}
+    blanks = group.sum({name: float(followers[name].blank) for name in data}) if data else {}
     shared = {name: d._replace(moment=total[name] / group.size) for name, d in data.items()}
-    return {name: replace(f, data=shared[name]) if name in shared else f for name, f in followers.items()}
+    return {
+        name: replace(f, data=shared[name], blank=blanks[name] > 0) if name in shared else f
+        for name, f in followers.items()
+    }
+
+
+def _without_bias(
+    network: Network, parameters: Sequence[Parameter], followers: Mapping[str, Follower], values: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The weights of which a norm takes zeros, as their layers have no biases, or zero ones."""
+    found = {p.layer: p.name for p in parameters if p.name in followers and followers[p.name].blank}
+    for p in parameters:
+        if p.role == BIAS and p.layer in found:
+            own = values[p.name] if p.name in values else network.arrays.numpy(network.values([p.name])[p.name])
+            if np.any(own):
+                del found[p.layer]
+    return tuple(found.values())
 
 
 def _write(network: Network, values: Mapping[str, Any]) -> None:
@@ -379,8 +399,8 @@ def _scaled(
     for name, factor in calibration.of_biases.items():  # drawn before the kind of step was known
         values[name] = values[name] * np.asarray(factor, values[name].dtype)
         rows[name] = replace(rows[name], std=rows[name].std * factor, std_drawn=rows[name].std_drawn * factor)
-    streams = streams_of(calibration.scales, followers)
-    writers = Counter(streams.values())
+    shared = sharing(calibration.scales, followers)
+    together = {key for key, sharers in Counter(shared.values()).items() if sharers > 1}
     for name, scale in calibration.scales.items():
         values[name] = values[name] * np.asarray(scale, values[name].dtype)
         row = rows[name]
@@ -388,11 +408,16 @@ def _scaled(
         if row.role == WEIGHT:
             rows[name] = replace(
                 row,
-                note=f"{row.note}, of a stream" if writers[streams.get(name, -1)] > 1 else row.note,
+                note=f"{row.note}, {_share(followers[name])}" if shared.get(name) in together else row.note,
                 curvature_before=calibration.before.curvature[name],
                 curvature=calibration.after.curvature[name],
             )
     return values, rows
+
+
+def _share(follower: Follower) -> str:
+    """What a weight shares its scale with."""
+    return "before a norm" if follower.stream is None else "of a stream"
 
 
 @contextlib.contextmanager

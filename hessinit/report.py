@@ -71,6 +71,7 @@ class Report:
         distribution: of the draw; None where the weights there were scaled.
         calibration: of the budget, with every probe; None for the closed form.
         buffers: names of the model's other state (running statistics, masks), which is not set.
+        blank: weights of which a norm takes zeros, for want of biases.
     """
 
     rows: tuple[Row, ...]
@@ -78,6 +79,7 @@ class Report:
     distribution: str | None
     calibration: Calibration | None = None
     buffers: tuple[str, ...] = ()
+    blank: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -101,7 +103,11 @@ class Report:
     @property
     def warnings(self) -> list[str]:
         """What a budget has met that a user should know of, a line each."""
-        return [] if self.calibration is None else _warnings(self.calibration)
+        if self.calibration is None:
+            return []
+        names = ", ".join(self.blank)
+        sharp = [f"a norm takes zeros of {names}, which a small step blows up: biases would keep it from that"]
+        return _warnings(self.calibration) + (sharp if names else [])
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """A picture of a budget: std of each weight, its layer curvature, and ρ and level by probe; before and after.

@@ -93,6 +93,21 @@ def test_a_first_layer_of_few_inputs_has_biases_and_no_other():
     assert not any(bias.any() for bias in others)
 
 
+def test_zeros_meet_a_norm_with_biases_and_what_norms_take_shares_a_scale():
+    x = np.random.default_rng(0).normal(size=(64, 6, 32)).astype("float32")
+    x[:, 4:] = 0
+    hidden = layers.Dense(8, name="first"), layers.LayerNormalization(), layers.ReLU(), layers.Dense(8, name="second")
+    net = keras.Sequential([keras.Input((6, 32)), *hidden, layers.LayerNormalization(), layers.Flatten()])
+    net.add(layers.Dense(3, name="last"))
+    loss, y = keras.losses.SparseCategoricalCrossentropy(from_logits=True), np.arange(64) % 3
+    _, report = hessinit.init_(net, (x, y), loss, lr=0.01, seed=0, return_report=True)
+    first, second, last = (report[layer.kernel.path] for layer in net.layers if isinstance(layer, layers.Dense))
+    bias = report[net.layers[0].bias.path]
+    assert bias.scale == first.scale == second.scale != last.scale
+    assert bias.std == pytest.approx(first.std * np.sqrt(np.mean(x**2)), rel=1e-4)
+    assert [row.note.endswith("before a norm") for row in (first, second, last)] == [True, True, False]
+
+
 def test_the_callback_sets_a_model_that_fit_builds_and_only_before_its_first_step():
     x, y = classes()
     model = keras.Sequential([layers.Dense(16, "tanh"), layers.Dense(4)])

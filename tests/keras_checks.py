@@ -426,6 +426,43 @@ def test_a_norm_of_the_users_own_is_one(kind, is_norm):
     assert (one.normed, two.depth) == (is_norm, 1 if is_norm else 2)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    ("first", "norm", "is_blank"),
+    [
+        (lambda: layers.Dense(8, name="first"), layers.LayerNormalization, True),
+        (lambda: layers.Dense(8, "relu", name="first"), OwnNorm, True),
+        (lambda: layers.Conv1D(8, 2, 2, name="first"), layers.RMSNormalization, True),
+        (lambda: layers.Conv1D(8, 5, name="first"), layers.LayerNormalization, False),
+        (lambda: layers.Dense(8, name="first"), layers.BatchNormalization, False),
+        (lambda: layers.Dense(8, name="first"), layers.ReLU, False),
+    ],
+)
+def test_a_first_layer_of_which_a_norm_takes_zeros_is_known(first, norm, is_blank, zeros):
+    x = np.random.default_rng(0).normal(size=(4, 6, 32)).astype("float32")
+    if zeros:
+        x[:, 4:] = 0
+    model = keras.Sequential([keras.Input((6, 32)), first(), norm(), layers.Flatten(), layers.Dense(3, name="last")])
+    model.layers[0].bias.assign(np.ones(8))
+    found = adapter.KerasNetwork(model).followers(x)
+    assert [follower.blank for follower in found.values()] == [is_blank and zeros, False]
+
+
+def test_weights_whose_scale_norms_take_out_are_known():
+    i = keras.Input((8,))
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Dense(8, name="one")(i)))
+    x = layers.ReLU()(layers.LayerNormalization()(layers.Dense(8, name="two")(x)))
+    x = layers.LayerNormalization()(layers.Dense(8, "tanh", name="bent")(x))
+    a, b = layers.Dense(4, name="left")(x), layers.Dense(4, name="right")(x)
+    x = layers.BatchNormalization()(layers.Concatenate()([a, b]))
+    u = layers.Dense(8, name="open")(x)
+    x = layers.Multiply()([u, layers.LayerNormalization()(u)])
+    model = keras.Model(i, layers.Dense(3, name="last")(x))
+    found = adapter.KerasNetwork(model).followers(None)
+    names = {name.split("/")[0] for name, follower in found.items() if follower.scale_invariant}
+    assert names == {"one", "two", "left", "right"}
+
+
 class Subclassed(keras.Model):
     def __init__(self):
         super().__init__()

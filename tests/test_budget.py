@@ -184,7 +184,7 @@ def test_where_a_step_would_do_harm_the_level_leaves_its_band():
     assert not modest.met
     assert modest.best.level == pytest.approx(0.3, rel=0.02)
     for floor, reached in ((0.05, 0.05), (None, 0.3)):
-        beyond = budget.solve(Homogeneous([1, 1], sharpness=1e3), 2, (0.7, 2.0), (0.3, 1.0), SCALES, floor)
+        beyond = budget.solve(Homogeneous([1, 1], sharpness=1e3), 2, (0.7, 2.0), (0.3, 1.0), SCALES, floor=floor)
         assert beyond.reason.startswith("cannot be met: lowest reachable ρ is ")
         assert beyond.best.level == pytest.approx(reached, rel=0.02)
 
@@ -224,13 +224,13 @@ def test_a_norm_takes_the_budget_by_shrinking_the_weights_before_it():
 
 
 @pytest.mark.parametrize(("trace", "normed", "plain"), [(-1.0, 1 / 20, 1 / 100), (1.0, 4.0, 100.0)])
-def test_weights_that_the_outputs_do_not_follow_have_closer_bounds(trace, normed, plain):
+def test_weights_that_the_outputs_do_not_follow_may_have_closer_bounds(trace, normed, plain):
     for level, bound in ((0.0, normed), (1.0, plain)):
         way = Plane([trace, -trace], [level, level])
-        answer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 100, 100.0))
+        answer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 100, 100.0), (1 / 20, 4.0))
         assert np.exp(answer.best.theta[0]) == pytest.approx(bound)
         assert ("max_scale" in answer.reason) == (level == 1.0)  # a larger one would not help the others
-        closer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 2, 2.0))
+        closer = budget.solve(way, 2, (1e8, 1e9), (0.3, 1.0), (1 / 2, 2.0), (1 / 20, 4.0))
         assert np.exp(closer.best.theta[0]) == pytest.approx(2**trace)
 
 

@@ -390,6 +390,41 @@ def test_weights_that_write_to_one_residual_stream_share_a_scale(tied):
     assert not any("branches" in row.note for row in report)  # a norm begins each, so that their sum grows slowly
 
 
+class BeforeNorms(nn.Module):
+    """Layers before norms: two as they are, one used twice, one bent first, one that something else takes too."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.twice, self.bent, self.open = (nn.Linear(8, 8) for _ in range(5))
+        self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(6))
+        self.batch = nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        x = torch.relu(self.batch(self.one(x)))
+        x = torch.relu(self.norms[0](self.two(x)))
+        x = torch.relu(self.norms[1](self.twice(torch.relu(self.norms[2](self.twice(x))))))
+        x = self.norms[3](torch.tanh(self.bent(x)))
+        u = self.open(x)
+        return self.head(self.norms[5](self.lstm((torch.relu(self.norms[4](u)) * u)[:, None])[0][:, 0]))
+
+
+def test_weights_whose_scale_norms_take_out_share_one():
+    x, y = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+    net = BeforeNorms()
+    followers = adapter.TorchNetwork(net).followers(x)
+    expected = {"one.weight", "two.weight", "twice.weight"}
+    assert {name for name, f in followers.items() if f.scale_invariant} == expected
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4)
+    _, report = hessinit.init_(net, (x, y), "cross_entropy", optimizer=optimizer, seed=0, return_report=True)
+    shared = {row.name: row.scale for row in report if "before a norm" in row.note}
+    assert len(set(shared.values())) == 1
+    assert set(shared) == expected
+    assert shared["one.weight"] < 1
+    others = [row.scale for row in report if row.name not in shared and not np.isnan(row.scale)]
+    assert len(set(others)) == len(others)
+
+
 def test_nothing_shares_a_scale_where_norms_or_no_sums_follow():
     class Net(nn.Module):
         def __init__(self):
@@ -583,6 +618,44 @@ def test_a_norm_of_the_users_own_is_one(function, is_norm, size):
     assert found["two.weight"].depth == (1 if is_norm else 2)
     if is_norm:
         assert found["one.weight"].name == "relu"
+
+
+class _Moved(nn.Module):
+    """Takes the last axis to be the channels."""
+
+    def forward(self, x):
+        return x.movedim(1, -1)
+
+
+@pytest.mark.parametrize(
+    ("first", "is_blank"),
+    [
+        ([nn.Linear(32, 8), nn.LayerNorm(8)], True),
+        ([nn.Linear(32, 8), _Scaled(_centred)], True),
+        ([nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 8), nn.RMSNorm(8)], True),
+        ([nn.Linear(32, 8), nn.ReLU()], False),
+        ([nn.Conv1d(6, 8, 1), nn.BatchNorm1d(8)], False),
+        ([nn.Conv1d(6, 8, 1), nn.GroupNorm(2, 8)], False),
+        ([nn.Conv1d(6, 8, 2, 2), _Moved(), nn.LayerNorm(8)], True),
+        ([nn.Conv1d(6, 8, 20), _Moved(), nn.LayerNorm(8)], False),
+    ],
+)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_biases_keep_zeros_from_a_norm(first, is_blank, zeros):
+    x = 3 * torch.randn(64, 6, 32, generator=torch.Generator().manual_seed(0))
+    if zeros:
+        x[:, 4:], x[..., 16:] = 0, 0
+    net = nn.Sequential(*copy.deepcopy(first), nn.Flatten(), nn.LazyLinear(3))
+    data = x, torch.arange(64) % 3
+    _, report = hessinit.init_(net, data, "cross_entropy", lr=0.1, seed=0, return_report=True)
+    expected = is_blank and zeros
+    assert (report["0.bias"].std_drawn > 0) == expected
+    if expected:
+        rms = x.square().mean().sqrt().item()
+        assert report["0.bias"].std == pytest.approx(report["0.weight"].std * rms, rel=1e-5)
+        assert report["0.bias"].scale == report["0.weight"].scale
+    assert not any("zeros" in line for line in report.warnings)
+    assert not hessinit.init_(net, x, seed=0)[0].bias.any()  # the closed form alone
 
 
 @pytest.mark.parametrize(

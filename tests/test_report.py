@@ -39,7 +39,28 @@ def test_a_budget_out_of_reach_is_a_warning():
 def test_a_weight_before_a_norm_is_at_its_bound_sooner():
     layers = net()
     normed = nn.Sequential(layers[0], nn.BatchNorm1d(layers[0].out_features), *layers[1:])
-    assert "at the smallest scale: 0.05 of 0.weight" in report_of(normed, lr=1e-9).warnings
+    assert "at the smallest scale: 0.1 of 0.weight" in report_of(normed, lr=1e-9).warnings
+    adam = {"lr": None, "optimizer": torch.optim.Adam(normed.parameters(), lr=1e-7)}
+    assert "at the smallest scale: 0.05 of 0.weight" in report_of(normed, **adam).warnings
+
+
+def test_zeros_that_a_norm_takes_are_a_warning_where_there_are_no_biases():
+    x, y = torch.randn(64, 6, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+    x[:, 4:] = 0
+
+    def warned(bias, zero=False, **options):
+        net = nn.Sequential(nn.Linear(8, 16, bias=bias), nn.LayerNorm(16), nn.Flatten(), nn.Linear(96, 3))
+        if zero:
+            nn.init.zeros_(net[0].bias)
+        options = {"lr": 0.1, "seed": 0, "return_report": True, **options}
+        _, report = hessinit.init_(net, (x, y), "cross_entropy", **options)
+        return any("a norm takes zeros of 0.weight" in line for line in report.warnings)
+
+    assert warned(bias=False)
+    assert warned(bias=True, exclude="0.bias", zero=True)
+    assert warned(bias=True, zero=True, base="current")
+    assert not warned(bias=True, base="current")
+    assert not warned(bias=True)
 
 
 def test_units_that_no_sample_moves_are_a_warning():

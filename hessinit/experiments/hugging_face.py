@@ -39,12 +39,33 @@ TEXTS = {
     "mixtral": Kind("Mixtral", "silu", {"num_key_value_heads": 2, "num_local_experts": 4}),
 }
 """Causal language models of three blocks of width 64, by model type."""
+_PYRAMID = {
+    **{"num_encoder_blocks": 4, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]},
+    **{"num_attention_heads": [1, 1, 2, 2], "sr_ratios": [2, 2, 1, 1]},
+}
 IMAGES = {
     "convnext": Kind("ConvNeXt", "gelu", {"patch_size": 2, "hidden_sizes": WIDTHS, "depths": [1, 1, 2, 1]}),
     "regnet": Kind(
         "RegNet", "relu", {"embedding_size": 16, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1], "groups_width": 8}
     ),
     "poolformer": Kind("PoolFormer", "gelu", {"num_encoder_blocks": 4, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]}),
+    "convnextv2": Kind("ConvNeXt V2", "gelu", {"patch_size": 2, "hidden_sizes": WIDTHS, "depths": [1, 1, 2, 1]}),
+    "segformer": Kind("SegFormer", "gelu", _PYRAMID),
+    "pvt_v2": Kind("PVT v2", "gelu", {**_PYRAMID, "mlp_ratios": [2, 2, 2, 2]}),
+    "swin": Kind(
+        "Swin", "gelu", {"patch_size": 2, "window_size": 7, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
+    ),
+    "focalnet": Kind(
+        *("FocalNet", "gelu"),
+        {"patch_size": 2, "embed_dim": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
+        | {"focal_levels": [1, 1], "focal_windows": [3, 3]},
+    ),
+    "mobilevit": Kind(
+        "MobileViT", "silu", {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 64]}
+    ),
+    "bit": Kind("BiT", "relu", {"embedding_size": 16, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1], "num_groups": 4}),
+    "mobilenet_v1": Kind("MobileNet", "relu", {"depth_multiplier": 0.25}),
+    "mobilenet_v2": Kind("MobileNet V2", "relu", {"depth_multiplier": 0.35}),
 }
 """Classifiers of images of 28 × 28, likewise."""
 _SIZES = {
@@ -78,7 +99,7 @@ def model(kind: str, data: Dataset) -> nn.Module:
         made = AutoModelForCausalLM.from_config(config)
     else:
         config = AutoConfig.for_model(
-            kind, num_channels=1, image_size=28, num_labels=data.outputs, **IMAGES[kind].options
+            kind, num_channels=1, image_size=28, num_labels=data.outputs, drop_path_rate=0.0, **IMAGES[kind].options
         )
         made = AutoModelForImageClassification.from_config(config)
     for module in made.modules():

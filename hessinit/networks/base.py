@@ -91,10 +91,12 @@ class Data(NamedTuple):
     Args:
         moment: mean square of its numbers.
         numbers: in one sample.
+        blank: whether all that one output takes is next to zero somewhere, as at the border of an image.
     """
 
     moment: float
     numbers: int
+    blank: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,14 @@ class Follower:
             a norm, or, in one without norms, for the ends of its branches; None where nothing is added.
         branches: of a weight at the end of a branch without norms, the number of branches of its stream; else 1.
         normed: whether a norm takes its outputs.
+        scale_invariant: whether norms take its outputs as they are, and nothing else does.
         shortcut: whether its outputs are added to those of a batch norm that did not come through it.
         post_norm: whether its outputs are added to those of a norm that it came through, and a norm takes the sum, as
             at the end of a post-norm transformer's branches.
         same: whether its outputs are the same for every sample, as those of a position are.
         output: whether it is also the output layer, as an embedding may be.
         mates: what is, of the weights that write to the same stream.
+        blank: whether a norm takes its outputs, or what comes of them, which are zero somewhere but for biases.
     """
 
     name: str
@@ -136,11 +140,13 @@ class Follower:
     stream: int | None = None
     branches: int = 1
     normed: bool = False
+    scale_invariant: bool = False
     shortcut: bool = False
     post_norm: bool = False
     same: bool = False
     output: bool = False
     mates: frozenset[str] = frozenset()
+    blank: bool = False
 
     @property
     def beside_norm(self) -> bool:

@@ -14,6 +14,8 @@ from hessinit.networks.base import Data, Follower
 
 LINEAR, GATED = Follower("linear", "linear"), Follower("gates", "linear")
 """What follows a weight whose layer tells by itself; gates and projections pass signals on almost linearly."""
+BATCH, MAP, UNITS = "batch", "map", "units"  # what a norm takes its statistics over
+BLANK = 1e-3  # of a layer's largest output, below which it is nothing: so much blows up what a norm divides by it
 _GRID = np.sort(np.random.default_rng(0).uniform(-3.0, 3.0, 33))
 
 
@@ -46,6 +48,11 @@ def is_norm(function: Callable[[Any], Any], x: Any) -> bool:
     except Exception:  # of what takes more than an array, or gives something else
         return False
     return once.shape == x.shape and change < 0.01 * turn
+
+
+def is_blank(largest: Any) -> bool:
+    """Whether a layer's outputs without bias, of which these are the largest at each place, are somewhere nothing."""
+    return np.size(largest) > 0 and bool(np.min(largest) <= BLANK * np.max(largest))
 
 
 def numpy_or(convert: Callable[[Any], Any], nonlinearity: Any) -> Any:
@@ -125,6 +132,7 @@ class WeightGraph:
             int, list[tuple[int, int]]
         ] = {}  # of paired units: layer and repeats, of each that takes them
         self._shared: set[int] = set()  # layers whose units go elsewhere too
+        self._scaling: set[int] = set()  # layers of which something takes outputs that no norm has taken the scale from
         self._averaged: dict[int, int] = {}  # of layers: positions that averages take together
         self._joined: set[int] = set()  # layers whose outputs meet those of others
         self._writers: set[str] = set()
@@ -132,19 +140,21 @@ class WeightGraph:
         self._begun: set[int] = set()  # layers whose outputs gates take
         self._normed: set[int] = set()  # layers whose outputs a norm takes
         self._batch_normed: set[int] = set()  # those of them whose norm is a batch norm
+        self._units_normed: set[int] = set()  # and those whose norm is one of the units at each place
         self._shortcuts: set[int] = set()  # layers whose outputs are added to a batch norm's beside them
         self._on_norms: set[int] = set()  # layers whose outputs are added to those of a norm that they came through
         self._same: set[int] = set()  # layers whose outputs are the same for every sample
         self._branches: list[frozenset[int]] = []  # the layers at the end of each branch that is added to a stream
 
-    def join(self, states: Iterable[State]) -> State:
-        """The state of a tensor made from several."""
+    def join(self, states: Iterable[State], concatenated: bool = False) -> State:
+        """The state of a tensor made from several, which may lie in it side by side."""
         states = list(states)
         if len(states) == 1:
             return states[0]._replace(activated=None)
         for state in states:
             self.mixed(state)
             self._joined |= state.layers
+            self._scaling.update(() if concatenated else state.layers)
         pending, layers, past, normed = (
             frozenset().union(*(getattr(s, part) for s in states)) for part in ("pending", "layers", "past", "normed")
         )
@@ -212,6 +222,7 @@ class WeightGraph:
             gates: whether these are of gates or attention, which pass signals on almost linearly.
         """
         self._settle(state.pending, "linear", "linear")
+        self._scaling |= state.layers
         layer, taken = len(self._names), state.units
         if taken is not None and taken.paired and units is not None and units[0] == taken.size * taken.repeats:
             self._takers.setdefault(taken.layer, []).append((layer, taken.repeats))
@@ -232,6 +243,7 @@ class WeightGraph:
     def activation(self, state: State, name: str, function: Callable[[Any], Any] | str, tensor: object = None) -> State:
         """The tensor goes through an activation; name the tensor itself where it may meet its output again."""
         self._settle(state.pending, name, function)
+        self._scaling |= state.layers
         units = state.units
         if units is not None and not units.paired and rules.pair_gain(function) is not None:
             units = units._replace(paired=True)
@@ -257,23 +269,27 @@ class WeightGraph:
             self._averaged[layer] = positions * self._averaged.get(layer, 1)
         return state
 
-    def norm(self, state: State, of_batch: bool = False) -> State:
-        """The tensor is normalised, by a batch norm or another: a new chain starts."""
+    def norm(self, state: State, over: str = UNITS) -> State:
+        """The tensor is normalised, over the batch, a map or the units: a new chain starts."""
         if state.units is not None and state.units.paired:  # pairs that are norms of u and -u are such pairs again
             state = self.mixed(state)
         self._normed |= state.layers
-        if of_batch:
+        if over == BATCH:
             self._batch_normed |= state.layers
+        if over == UNITS:
+            self._units_normed |= state.layers
         return State(state.pending, frozenset(), units=state.units, normed=state.layers | state.normed)
 
     def unknown(self, state: State) -> State:
         """The tensor enters something that cannot be followed."""
         self.mixed(state)
+        self._scaling |= state.layers
         return self.start()
 
     def end(self, state: State) -> None:
         """The pass is over."""
         self.mixed(state)
+        self._scaling |= state.layers
         if self.whole:
             self._outputs, self._last = state.pending, state.layers
 
@@ -291,7 +307,9 @@ class WeightGraph:
         for layer in reversed(range(len(self._names))):
             for b in self._before[layer]:
                 ahead[b] = max(ahead[b], 1 + ahead[layer])
-        written, outputs = self._written(), self._outputs_too()
+        written, outputs, before_norm = self._written(), self._outputs_too(), self._before_norm()
+        invariant = self._normed - self._scaling
+        scaling = {name for layer, names in enumerate(self._names) if layer not in invariant for name in names}
         mates = [outputs.intersection(n for layer in stream for n in self._names[layer]) for stream in self._streams]
         found = {}
         for layer, names in enumerate(self._names):
@@ -308,12 +326,24 @@ class WeightGraph:
                     found[name] = Follower(
                         *(*activation, depth, data, takers, positions, last, begins, stream, branches),
                         normed=layer in self._normed,
+                        scale_invariant=stream is None and name not in scaling,
                         shortcut=name in self._writers and layer in self._shortcuts,
                         post_norm=name in self._writers and self._ends_before_norm(layer),
                         same=layer in self._same,
                         output=name in outputs,
                         mates=frozenset() if stream is None else mates[stream],
+                        blank=data is not None and data.blank and layer in before_norm,
                     )
+        return found
+
+    def _before_norm(self) -> set[int]:
+        """The layers of which a norm of units takes what comes of their outputs, and of no others beside them."""
+        found: set[int] = set()
+        for layer in reversed(range(len(self._names))):
+            if layer in self._joined:
+                found.discard(layer)
+            elif layer in found or layer in self._units_normed:
+                found.update(self._before[layer], [layer])
         return found
 
     def _ends_before_norm(self, layer: int) -> bool:

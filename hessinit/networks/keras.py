@@ -19,7 +19,19 @@ from hessinit.layout import KERAS, Layout
 from hessinit.losses import Loss
 from hessinit.networks import base, keras_loss
 from hessinit.networks.base import Data, Follower, Named, Parameter
-from hessinit.networks.graph import GATED, LINEAR, State, WeightGraph, is_activation, is_norm, numpy_or
+from hessinit.networks.graph import (
+    BATCH,
+    GATED,
+    LINEAR,
+    MAP,
+    UNITS,
+    State,
+    WeightGraph,
+    is_activation,
+    is_blank,
+    is_norm,
+    numpy_or,
+)
 from hessinit.networks.keras_autodiff import of_backend
 from hessinit.rules import ACTIVATIONS
 
@@ -30,13 +42,8 @@ _CONV = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 _CONV_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 _DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 _SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
-_NORM = (
-    layers.BatchNormalization,
-    layers.LayerNormalization,
-    layers.GroupNormalization,
-    layers.RMSNormalization,
-    layers.UnitNormalization,
-)
+_NORM_OVER = {layers.BatchNormalization: BATCH, layers.GroupNormalization: MAP}
+_NORM = (*_NORM_OVER, layers.LayerNormalization, layers.RMSNormalization, layers.UnitNormalization)
 _ATTENTION = (layers.MultiHeadAttention, layers.GroupQueryAttention)
 _GATED = (*_ATTENTION, layers.RNN, layers.Bidirectional)
 _POOLING = ("AveragePooling", "MaxPooling", "GlobalAveragePooling", "GlobalMaxPooling", "SpatialDropout")
@@ -380,7 +387,7 @@ def _follow(graph: WeightGraph, inputs: list[Any], outputs: list[Any], start: li
             stack += missing
             continue
         given = [states[id(t)] for t in node.input_tensors]
-        met = partial(_data, inputs, node.input_tensors, given, data)
+        met = partial(_data, inputs, node.input_tensors, given, data, operation)
         results = _step(graph, operation, node.input_tensors, given, met)
         for k, output in enumerate(node.output_tensors):
             states[id(output)] = results[k] if len(results) > 1 else results[0]
@@ -391,7 +398,7 @@ def _step(
     graph: WeightGraph, operation: Any, tensors: list[Any], given: list[State], data: Callable[[], Data | None]
 ) -> list[State]:
     """One operation or layer: the states of its outputs, one for all of them where they are alike."""
-    state = graph.join(given)
+    state = graph.join(given, concatenated=type(operation).__name__ in ("Concatenate", "Stack"))
     if isinstance(operation, keras.Model) and getattr(operation, "inputs", None):
         inputs, outputs = (keras.tree.flatten(t) for t in (operation.inputs, operation.outputs))
         return _follow(graph, inputs, outputs, start=given, data=None)
@@ -409,7 +416,8 @@ def _step(
         writers = [operation._output_dense.kernel.path] if isinstance(operation, _ATTENTION) else []
         return [graph.weights(state, weights, data(), None, writers, gates=True)]
     if isinstance(operation, _NORM) or (not weights and _is_norm(operation, tensors)):
-        return [graph.norm(state, of_batch=isinstance(operation, layers.BatchNormalization))]
+        over = next((over for kind, over in _NORM_OVER.items() if isinstance(operation, kind)), UNITS)
+        return [graph.norm(state, over)]
     if isinstance(operation, _AVERAGING) and not _takes_all(operation, tensors[0]):
         state = graph.averaged(state, math.prod(operation.pool_size))
     if operation._layers:  # something composed by a user
@@ -483,7 +491,7 @@ def _activate(graph: WeightGraph, state: State, operation: Any, tensors: list[An
     return graph.activation(state, name, numpy_function, tensors[0])
 
 
-def _data(inputs: list[Any], tensors: list[Any], given: list[State], data: Any) -> Data | None:
+def _data(inputs: list[Any], tensors: list[Any], given: list[State], data: Any, operation: Any) -> Data | None:
     """What the data has become where no weight has met it yet; None without data or for indices."""
     if data is None or any(s.pending or s.layers for s in given) or not keras.backend.is_float_dtype(tensors[0].dtype):
         return None
@@ -495,4 +503,11 @@ def _data(inputs: list[Any], tensors: list[Any], given: list[State], data: Any) 
         starts = range(0, samples, size)[:PARTS]
         parts = [[keras.ops.take(x, np.arange(i, i + size) % samples, axis=0) for x in arrays] for i in starts]
     values = np.concatenate([keras.ops.convert_to_numpy(function(part)) for part in parts])[:samples]
-    return Data(float(np.mean(np.square(values, dtype=np.float64))), values.size // max(len(values), 1))
+    blank = _units(operation) is not None and is_blank(_largest(operation, values))
+    return Data(float(np.mean(np.square(values, dtype=np.float64))), values.size // max(len(values), 1), blank)
+
+
+def _largest(layer: keras.Layer, values: Any) -> Any:
+    """The largest output at each place, without bias."""
+    u, of_zeros = (keras.ops.convert_to_numpy(layer(x)) for x in (values, np.zeros_like(values[:1])))
+    return np.abs(u - of_zeros).max(-1)

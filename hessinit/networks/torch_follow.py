@@ -20,7 +20,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hessinit.batches import ONE_AT_A_TIME, at_the_end, fixed_draws, random_states_kept
 from hessinit.networks.base import Data, Follower
-from hessinit.networks.graph import GATED, LINEAR, State, Units, WeightGraph, is_activation, is_norm
+from hessinit.networks.graph import (
+    BATCH,
+    GATED,
+    LINEAR,
+    MAP,
+    UNITS,
+    State,
+    Units,
+    WeightGraph,
+    is_activation,
+    is_blank,
+    is_norm,
+)
 from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, modes_kept, seeded
 from hessinit.networks.torch_derived import Derived
 
@@ -32,7 +44,8 @@ _GATED = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 _GATED_FUNCTIONS = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 _ATTENTION_FUNCTIONS = {"multi_head_attention_forward", "_native_multi_head_attention"}
 _GATED_FUNCTIONS |= _ATTENTION_FUNCTIONS
-_NORM_FUNCTIONS = {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "normalize"}
+_NORM_FUNCTIONS = {"batch_norm": BATCH, "group_norm": MAP, "instance_norm": MAP}
+_NORM_FUNCTIONS |= dict.fromkeys(("layer_norm", "rms_norm", "normalize"), UNITS)
 # What leaves a weight the same matrix, in another order, size or dtype.
 _OF_WEIGHT = {"t", "transpose", "permute", "view", "reshape", "contiguous", "clone", "to", "type", "float", "half"}
 _OF_WEIGHT |= {"bfloat16", "double", "mul", "__mul__", "__rmul__", "div", "__truediv__", "__get__"}
@@ -43,6 +56,7 @@ _REORDERING |= {"__getitem__", "__get__"}
 _AVERAGING: dict[type[nn.Module], int] = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}
 _LOCAL = 3  # kernel above which a pooling, whose map is not known, is taken for one of the whole map
 _AVERAGING_FUNCTIONS = {"avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3}
+_CONCATENATING = {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
 _SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__rsub__"}
 _PRODUCTS = {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
 
@@ -189,7 +203,7 @@ class _Tracer(TorchFunctionMode):
             self.computed[result] = weights[0]
             return result
         if weights:
-            data = None if states else self._data(given)
+            data = None if states else self._data(given, _is_blank(func, args, kwargs, result))
             ends = [n for n in weights if "out_proj" in n] if name in _ATTENTION_FUNCTIONS else []
             gates = name in _GATED_FUNCTIONS
             before, writers = self.graph.join(states), ends if gates else None
@@ -197,9 +211,9 @@ class _Tracer(TorchFunctionMode):
         elif self.inside or not states:
             return result
         else:
-            state = self.graph.join(states)
+            state = self.graph.join(states, concatenated=name in _CONCATENATING)
             if name in _NORM_FUNCTIONS:
-                state = self.graph.norm(state, of_batch=name == "batch_norm")
+                state = self.graph.norm(state, _NORM_FUNCTIONS[name])
             elif name in _PRODUCTS and len(states) == 2:
                 state = self.graph.product(*((t, self.states[t]) for t in given))
             elif name in _SUMS and len(states) > 1:
@@ -232,13 +246,13 @@ class _Tracer(TorchFunctionMode):
     def has_computed(self, name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         self.computed[output] = name
 
-    def _data(self, given: list[torch.Tensor]) -> Data | None:
+    def _data(self, given: list[torch.Tensor], blank: bool) -> Data | None:
         """What meets its first weight here; None for indices and the like."""
         x = next((t for t in given if not self._name(t) and t.is_floating_point() and t.ndim > 0), None)
         if x is None:
             return None
         norm = float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
-        return Data(norm**2 / max(x.numel(), 1), x.numel() // max(len(x), 1))
+        return Data(norm**2 / max(x.numel(), 1), x.numel() // max(len(x), 1), blank)
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self.inside += 1
@@ -269,6 +283,15 @@ class _Tracer(TorchFunctionMode):
         if self.normalises:
             self.inside, self.normalises = 0, False
             self.states[output] = self.graph.norm(self.states[args[0]])
+
+
+def _is_blank(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: torch.Tensor) -> bool:
+    """Whether the outputs of a layer are next to those for zeros somewhere."""
+    units = _units(getattr(func, "__name__", ""), args[:2])
+    if units is None or result.layout != torch.strided or result.is_nested or result.numel() == 0:
+        return False
+    without_bias = result - func(torch.zeros_like(args[0]), *args[1:], **kwargs)
+    return is_blank(without_bias.abs().amax(units[2]).float().numpy(force=True))
 
 
 def _is_same(part: torch.Tensor, whole: torch.Tensor) -> bool:
