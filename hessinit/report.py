@@ -103,11 +103,7 @@ class Report:
     @property
     def warnings(self) -> list[str]:
         """What a budget has met that a user should know of, a line each."""
-        if self.calibration is None:
-            return []
-        names = ", ".join(self.blank)
-        sharp = [f"a norm takes zeros of {names}, which a small step blows up: biases would keep it from that"]
-        return _warnings(self.calibration) + (sharp if names else [])
+        return [] if self.calibration is None else _warnings(self.calibration, self.blank)
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """A picture of a budget: std of each weight, its layer curvature, and ρ and level by probe; before and after.
@@ -165,7 +161,7 @@ def _summary(calibration: Calibration) -> list[str]:
     ]
 
 
-def _warnings(calibration: Calibration) -> list[str]:
+def _warnings(calibration: Calibration, blank: Sequence[str]) -> list[str]:
     after, solution, scales = calibration.after, calibration.solution, calibration.scales
     lines = []
     if not solution.met:
@@ -183,6 +179,9 @@ def _warnings(calibration: Calibration) -> list[str]:
     faint = [name for name in scales if after.curvature[name] < VANISHED * whole]
     if faint:
         lines.append(f"vanished signal, less than {VANISHED:g} of all curvature: {', '.join(faint)}")
+    if blank:
+        names = ", ".join(blank)
+        lines.append(f"a norm takes zeros of {names}, which a small step blows up: biases would keep it from that")
     return lines
 
 

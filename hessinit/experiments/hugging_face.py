@@ -39,31 +39,24 @@ TEXTS = {
     "mixtral": Kind("Mixtral", "silu", {"num_key_value_heads": 2, "num_local_experts": 4}),
 }
 """Causal language models of three blocks of width 64, by model type."""
-_PYRAMID = {
-    **{"num_encoder_blocks": 4, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]},
-    **{"num_attention_heads": [1, 1, 2, 2], "sr_ratios": [2, 2, 1, 1]},
-}
+_STAGES = {"hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]}
+_PYRAMID = {**_STAGES, "num_encoder_blocks": 4, "num_attention_heads": [1, 1, 2, 2], "sr_ratios": [2, 2, 1, 1]}
+_CONVNEXT = {"patch_size": 2, "hidden_sizes": WIDTHS, "depths": [1, 1, 2, 1]}
+_WINDOWS = {"patch_size": 2, "embed_dim": 16, "depths": [1, 1]}
+_NECKS = {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 64]}
 IMAGES = {
-    "convnext": Kind("ConvNeXt", "gelu", {"patch_size": 2, "hidden_sizes": WIDTHS, "depths": [1, 1, 2, 1]}),
-    "regnet": Kind(
-        "RegNet", "relu", {"embedding_size": 16, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1], "groups_width": 8}
-    ),
-    "poolformer": Kind("PoolFormer", "gelu", {"num_encoder_blocks": 4, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]}),
-    "convnextv2": Kind("ConvNeXt V2", "gelu", {"patch_size": 2, "hidden_sizes": WIDTHS, "depths": [1, 1, 2, 1]}),
+    "convnext": Kind("ConvNeXt", "gelu", _CONVNEXT),
+    "regnet": Kind("RegNet", "relu", {**_STAGES, "embedding_size": 16, "groups_width": 8}),
+    "poolformer": Kind("PoolFormer", "gelu", {**_STAGES, "num_encoder_blocks": 4}),
+    "convnextv2": Kind("ConvNeXt V2", "gelu", _CONVNEXT),
     "segformer": Kind("SegFormer", "gelu", _PYRAMID),
     "pvt_v2": Kind("PVT v2", "gelu", {**_PYRAMID, "mlp_ratios": [2, 2, 2, 2]}),
-    "swin": Kind(
-        "Swin", "gelu", {"patch_size": 2, "window_size": 7, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
-    ),
+    "swin": Kind("Swin", "gelu", {**_WINDOWS, "window_size": 7, "num_heads": [1, 2]}),
     "focalnet": Kind(
-        *("FocalNet", "gelu"),
-        {"patch_size": 2, "embed_dim": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
-        | {"focal_levels": [1, 1], "focal_windows": [3, 3]},
+        "FocalNet", "gelu", {**_WINDOWS, "hidden_sizes": [16, 32], "focal_levels": [1, 1], "focal_windows": [3, 3]}
     ),
-    "mobilevit": Kind(
-        "MobileViT", "silu", {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 64]}
-    ),
-    "bit": Kind("BiT", "relu", {"embedding_size": 16, "hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1], "num_groups": 4}),
+    "mobilevit": Kind("MobileViT", "silu", _NECKS),
+    "bit": Kind("BiT", "relu", {**_STAGES, "embedding_size": 16, "num_groups": 4}),
     "mobilenet_v1": Kind("MobileNet", "relu", {"depth_multiplier": 0.25}),
     "mobilenet_v2": Kind("MobileNet V2", "relu", {"depth_multiplier": 0.35}),
 }

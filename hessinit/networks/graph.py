@@ -139,8 +139,7 @@ class WeightGraph:
         self._streams: list[frozenset[int]] = []  # layers whose outputs are added to each other
         self._begun: set[int] = set()  # layers whose outputs gates take
         self._normed: set[int] = set()  # layers whose outputs a norm takes
-        self._batch_normed: set[int] = set()  # those of them whose norm is a batch norm
-        self._units_normed: set[int] = set()  # and those whose norm is one of the units at each place
+        self._normed_over: dict[str, set[int]] = {BATCH: set(), MAP: set(), UNITS: set()}  # those, by the norm's kind
         self._shortcuts: set[int] = set()  # layers whose outputs are added to a batch norm's beside them
         self._on_norms: set[int] = set()  # layers whose outputs are added to those of a norm that they came through
         self._same: set[int] = set()  # layers whose outputs are the same for every sample
@@ -172,7 +171,7 @@ class WeightGraph:
             if any(other.layers & one.past and one.layers - other.past for other in states):
                 self._branches.append(one.layers)
             beside = frozenset().union(*(other.layers for other in states if other is not one)) - one.normed
-            if ends := one.normed & self._batch_normed:
+            if ends := one.normed & self._normed_over[BATCH]:
                 self._shortcuts.update(k for k in beside - self._shortcuts if not self._came_through(k, ends))
             if one.normed and not one.layers:
                 self._on_norms.update(k for k in beside - self._on_norms if self._came_through(k, one.normed))
@@ -274,10 +273,7 @@ class WeightGraph:
         if state.units is not None and state.units.paired:  # pairs that are norms of u and -u are such pairs again
             state = self.mixed(state)
         self._normed |= state.layers
-        if over == BATCH:
-            self._batch_normed |= state.layers
-        if over == UNITS:
-            self._units_normed |= state.layers
+        self._normed_over[over] |= state.layers
         return State(state.pending, frozenset(), units=state.units, normed=state.layers | state.normed)
 
     def unknown(self, state: State) -> State:
@@ -342,7 +338,7 @@ class WeightGraph:
         for layer in reversed(range(len(self._names))):
             if layer in self._joined:
                 found.discard(layer)
-            elif layer in found or layer in self._units_normed:
+            elif layer in found or layer in self._normed_over[UNITS]:
                 found.update(self._before[layer], [layer])
         return found
 
