@@ -126,7 +126,7 @@ def solve(
     Args:
         probe: measures a net at given log scales.
         size: number of scales.
-        target: lowest and highest step sharpness; equal for one number.
+        target: lowest and highest step sharpness; equal for one number, the lowest 0 where none is too low.
         level: lowest and highest level.
         scales: smallest and largest scale, around 1.
         normed: those, if narrower, of what the outputs do not follow; None for the same.
@@ -155,14 +155,14 @@ def solve(
     points = [Point(start, *probe.measure(start))]
     search = _Search(
         best=points[0],
-        goals=(math.log(target[0]), math.log(target[1])),
+        goals=(math.log(target[0]) if target[0] else -math.inf, math.log(target[1])),
         band=(math.log(level[0]), math.log(level[1])),
         lowest=math.log(level[0] if floor is None else floor),
         box=np.log(np.tile(scales, (size, 1)).T),
         normed=normed,
     )
     held = False
-    while search.best.finite and not search.on_target(search.best) and len(points) < max_probes:
+    while size and search.best.finite and not search.on_target(search.best) and len(points) < max_probes:
         if search.spent and not search.opens:
             break
         if search.slopes is None or (search.moved and affords(True)):  # else the old ones have to do

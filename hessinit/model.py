@@ -120,13 +120,15 @@ def init_(
     its weights (:func:`hessinit.rules.input_bias_std`); and so has one of whose outputs a norm would take some that are
     zero but for biases, as of an image's black border or of padding, and blow up every step there. All other biases are
     zero. Weights that write to one stream, as an embedding and the ends of a transformer's blocks do (in one without
-    norms, the ends of branches), share a factor, so that none drowns the others; and so do those whose scale the next
-    norm takes out, so that all of them turn alike. Branches of post-norm transformers keep the closed form's scale: the
-    trace would have them shrunk, and attention grown until it saturates. A ρ between c and 2, where a step gains
-    nothing, is left as it is; above, it is lowered by the level first. Δ is computed by a private copy of the
+    norms, the ends of branches), share a factor, so that none drowns the others. Those whose scale the next norm takes
+    out share another: all that it decides is by what angle a step turns them (:class:`hessinit.probe.Turn`), and that
+    should be 0.035. Of a step sharper than two only the other weights' part counts. Branches of post-norm transformers
+    keep the closed form's scale: the trace would have them shrunk, and attention grown until it saturates. A ρ between
+    c and 2, where a step gains nothing, is left as it is; above, it is lowered by the level first. Δ is computed by a
+    private copy of the
     optimizer, with its weight decay and parameter groups; momentum counts with the step of its steady state,
     ``lr / (1 − μ)``, a schedule or warm-up with its peak learning rate. The batch goes through the model in training
-    mode, without dropout. It takes at most 30 gradient passes over the batch, mostly 10 to 25.
+    mode, without dropout. It takes at most 30 gradient passes over the batch, mostly 7 to 25.
 
     Nothing but these parameters changes: not modes, buffers, gradients, the optimizer or the global random state. An
     error, or an interruption, leaves every parameter as it was. Frozen parameters, and those that Hugging Face's
@@ -175,9 +177,12 @@ def init_(
             sixth of the lowest.
         budget: the step sharpness to come to, or the lowest and highest one. Default: (c, 2), c = 0.7 for proportional
             steps (SGD, with or without momentum) and 0.18 for steps by the gradient's sign (Adam, AdamW, Lion), which
-            do not shrink as it does; twice that in nets with norms, and of L > 15 layers in a row, 15/L of both ends.
+            do not shrink as it does; twice that where norms take sums of outputs or what follows them, as in
+            transformers, and of L > 15 layers in a row, 15/L of both ends. Where norms take weights' outputs at once
+            and nothing else, no sharpness is too low. Another c changes the angle of weights before norms in
+            proportion.
         max_scale: largest factor on a weight, at least 1, default 8; the smallest is 1/100. Where outputs do not follow
-            the weight, as before a norm, at most 4 and at least 1/20.
+            the weight, as before a norm, at most 4 and at least 1/30.
         process_group: torch models: a ``torch.distributed`` group whose processes all make this call, each with its
             share of the batch, and end with the same weights: the seed is the first process's, the budget is measured
             on all shares, and an error in one raises in all before anything is written. Default: the group of a model

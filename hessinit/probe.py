@@ -28,6 +28,7 @@ from hessinit.objective import Chunk, Objective
 GRADIENT, FORWARD = 1.0, 1 / 3  # in gradient passes; a JVP counts as a gradient
 SLOPES = 25 / 6  # measured: 4.1 to 4.6 in PyTorch, 3.8 to 4.6 in JAX, 4.8 to 5.0 in TensorFlow
 MAX_PASSES = 30.0
+GROWS = 0.02  # of the first step, by which the second is longer or shorter with momentum, but not with weight decay
 EVEN = 1.01  # ratio of the growths of parameters, up to which they are one
 
 Update = Callable[[Named, Named], dict[str, Array]]  # of (gradient, values)
@@ -80,8 +81,27 @@ def optimizer_step(network: Network, optimizer: Any, gradient: Named, values: Na
 
 def _limit(one: float, two: float, three: float) -> float:
     first, second = two - one, three - two
-    ratio = second / first if abs(first) > 1e-4 * abs(one) else 0.0
+    ratio = second / first if abs(first) > GROWS * abs(one) else 0.0
     return three + second * ratio / (1 - ratio) if 0 <= ratio < 0.9999 else three
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How far the step of the long run should turn weights whose scale the next norm takes out.
+
+    Their outputs do not change with their scale s, their gradient falls as 1/s, so s decides one thing alone: the angle
+    of a step, ``|Δ| / |w| ∝ s^-(1 + degree)`` (van Laarhoven, arXiv:1706.05350).
+
+    Args:
+        angle: in radians, the geometric mean over the weights.
+        scales: smallest and largest scale, which all of them share.
+        most: step sharpness above which only that of the other weights counts: a step too far makes these weights
+            longer, and the next one turns them less (Arora et al., ICLR 2019).
+    """
+
+    angle: float
+    scales: tuple[float, float]
+    most: float
 
 
 @dataclass(frozen=True)
@@ -110,8 +130,14 @@ class State:
 
 @dataclass
 class _Seen:
-    """What was noted at some scales: numbers of :class:`State`, the last two None until they are known."""
+    """What was noted at some scales: numbers of :class:`State`, the last two None until they are known.
 
+    Args:
+        scale: of the weights that turn.
+    """
+
+    scale: float
+    sharpness: float
     loss: float
     predicted: float
     actual: float
@@ -127,6 +153,7 @@ class NetworkProbe:
         base: the weights to be scaled, at scale one.
         placed: other values that stand for the model's own.
         places: of each weight to be scaled, the place of its log scale in θ, which several may share.
+        turning: weights whose scale the next norm takes out, at scale one; they have none in θ, and ``turn`` sets it.
         step: of the optimizer.
         gradient: at scale one, where it is known; the first probe is there.
         passes: gradient passes spent before.
@@ -141,9 +168,12 @@ class NetworkProbe:
         step: Step,
         gradient: Named | None = None,
         passes: float = 0.0,
+        turning: Named | None = None,
     ) -> None:
-        self.objective, self.base, self.others, self.places = objective, dict(base), dict(placed), list(places)
-        self.step, self.trained = step, trained(objective, base)
+        self.objective, self.base, self.places, self.turning = objective, dict(base), list(places), dict(turning or {})
+        self.others = {**placed, **self.turning}
+        self.step, self.trained = step, trained(objective, [*base, *self.turning])
+        self.turn: Turn | None = None
         self.arrays = objective.network.arrays
         self.derivatives = OrDifferences(objective.network.derivatives, self.arrays)
         self.passes = passes
@@ -156,10 +186,14 @@ class NetworkProbe:
         return self.passes + slopes * SLOPES + self._probe + GRADIENT <= MAX_PASSES
 
     def measure(self, theta: Vector) -> tuple[float, float]:
-        """Step sharpness and level at these log scales: less than three passes."""
+        """Step sharpness, as far as it counts, and level at these log scales: mostly less than three passes."""
         self._place(theta)
         gradient, values = self._gradient(theta), self._values()
         step = self.step.update(gradient, values)
+        # What a step at another scale does, one of another length does at this scale, and the gradient is at hand here.
+        scale = self._turning_scale(step, values)
+        eased = scale ** -(1 + self.step.degree)
+        step |= {name: eased * step[name] for name in self.turning if eased != 1}
         gains = {name: self.arrays.dot(gradient[name], step[name]) for name in self.trained}
         del gradient
         growth = {name: self.step.growth.get(name, 1.0) for name in step}
@@ -174,8 +208,14 @@ class NetworkProbe:
         grown = {name: step.pop(name) if by == 1.0 else by * step.pop(name) for name, by in growth.items()}
         form, level, loss = self._along(grown)
         predicted = sum(gains.values()) + (form / most**2 if first is None else first) / 2
-        self._noted = self._seen[theta.tobytes()] = _Seen(loss, predicted, after - loss)
-        return (form / abs(gain) if gain else float("nan")), level
+        sharpness = form / abs(gain) if gain else float("nan")
+        self._noted = self._seen[theta.tobytes()] = _Seen(scale, sharpness, loss, predicted, after - loss)
+        if self.turn is None or not sharpness > self.turn.most:
+            return sharpness, level
+        gain = sum(growth[name] * gains[name] for name in gains if name not in self.turning)
+        grown |= {name: 0 * grown[name] for name in self.turning}
+        self._probe += GRADIENT
+        return max(self._along(grown)[0] / abs(gain) if gain else 0.0, self.turn.most), level
 
     def slopes(self) -> tuple[Vector, Vector]:
         """``∇ log T`` and ``∇ log r`` at the log scales measured last: between four and five passes."""
@@ -221,7 +261,12 @@ class NetworkProbe:
             self._note(seen, self.objective.over_data(work))
         assert seen.curvature is not None
         assert seen.units is not None
-        return State(seen.loss, point.sharpness, point.level, seen.predicted, seen.actual, seen.curvature, seen.units)
+        curvature = {n: t / seen.scale**2 if n in self.turning else t for n, t in seen.curvature.items()}
+        return State(seen.loss, seen.sharpness, point.level, seen.predicted, seen.actual, curvature, seen.units)
+
+    def turned(self, point: Point) -> float:
+        """The scale of the weights that turn, at a point that was measured."""
+        return self._seen[point.theta.tobytes()].scale
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
@@ -229,6 +274,18 @@ class NetworkProbe:
         scales = zip(self.base.items(), np.exp(theta[self.places]), strict=True)
         scaled = {name: w if scale == 1 else w * float(scale) for (name, w), scale in scales}
         self.objective.placed = {**self.others, **scaled}
+
+    def _turning_scale(self, step: Named, values: Named) -> float:
+        """At which the step turns the weights as far as it should; 1 where it turns none."""
+        if self.turn is None:
+            return 1.0
+        dot, growth = self.arrays.dot, self.step.growth
+        squares = [(growth.get(n, 1.0) ** 2 * dot(step[n], step[n]), dot(values[n], values[n])) for n in self.turning]
+        logs = [np.log(moved / size) / 2 for moved, size in squares if 0 < moved < np.inf and size > 0]
+        if not logs:
+            return 1.0
+        scale = (np.exp(np.mean(logs)) / self.turn.angle) ** (1 / (1 + self.step.degree))
+        return float(np.clip(scale, *self.turn.scales))
 
     def _values(self) -> dict[str, Array]:
         return self.objective.values(self.trained)
@@ -258,7 +315,7 @@ class NetworkProbe:
     def _traces(self, pulled: Named) -> dict[str, Any]:
         """A chunk's traces by parameter, and the squares that tell of its units."""
         parameters = self.objective.parameters
-        weights = [name for name in self.base if parameters[name].layout is not None]
+        weights = [name for name in (*self.base, *self.turning) if parameters[name].layout is not None]
         return {
             "curvature": {name: self.arrays.dot(pulled[name], pulled[name]) for name in self.trained},
             "units": {n: unit_squares(self.arrays, parameters[n], pulled[n]) for n in weights},

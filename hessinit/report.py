@@ -150,7 +150,9 @@ class Report:
 def _summary(calibration: Calibration) -> list[str]:
     """What the budget came to, and what it cost."""
     before, after, (low, high) = calibration.before, calibration.after, calibration.budget
-    asked = f"{low:g}" if low == high else f"{low:.3g} to {high:g}"
+    asked = f"{low:g}" if low == high else f"{low:.3g} to {high:g}" if low else f"at most {high:g}"
+    if calibration.angle is not None:
+        asked += f", and of weights before norms to turn by {calibration.angle:.2g}"
     return [
         f"step sharpness {before.sharpness:.3g} → {after.sharpness:.3g} (asked for {asked}: "
         f"{calibration.solution.reason}), level {before.level:.3g} → {after.level:.3g}, "
@@ -208,7 +210,7 @@ def _plot(calibration: Calibration, rows: Sequence[Row]) -> Figure:
     points = calibration.solution.points
     steps = range(1, len(points) + 1)
     low, high = calibration.budget
-    probes.axhspan(0.98 * low, 1.02 * high, color="#0072B2", alpha=0.12)
+    probes.axhspan(0.98 * (low or min(p.sharpness for p in points)), 1.02 * high, color="#0072B2", alpha=0.12)
     probes.plot(steps, [p.sharpness for p in points], "o-", color="#0072B2", label="step sharpness ρ (band: asked for)")
     probes.plot(steps, [p.level for p in points], "s--", color="#009E73", label="level r")
     probes.set(yscale="log", xlabel="probe", title=calibration.solution.reason)

@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from hessinit.calibration import NO_GAIN, PROPORTIONAL, SHARPER, SHARPER_TOGETHER, SIGN_LIKE
+from hessinit.calibration import NO_GAIN, PROPORTIONAL, SHARPER, SIGN_LIKE
 from hessinit.experiments import data, models, plots, training
 from hessinit.experiments.baselines import INITIALIZERS
 from hessinit.experiments.statistics import against_best
@@ -35,7 +35,7 @@ RIVALS = ("torch_default", "he_normal", "glorot_uniform", "orthogonal_gain", "cl
 UNPAIRED = "budget_unpaired"
 LRS = {"sgd": (0.01, 0.1, 0.3), "adam": (1e-4, 1e-3, 3e-3)}
 C = {"sgd": PROPORTIONAL, "adam": SIGN_LIKE}
-WITH_NORMS, TOGETHER = ("resnet_bn", "charlm", "vit"), ("resnet_bn",)
+WITH_NORMS = ("charlm", "vit")
 FACTORS = (0.5, 2.0)  # on c
 FACTORS_ON = ("mlp", "mlp6", "lenet")
 DEVELOPMENT, HELD_OUT = "development", "held out"
@@ -90,8 +90,7 @@ def tasks(study: Any, seeds: tuple[int, ...]) -> Iterator[Task]:
 
 def default(problem: str, optimizer: str) -> float:
     """The budget's own c."""
-    sharper = SHARPER_TOGETHER if problem in TOGETHER and optimizer == "sgd" else SHARPER
-    return round(C[optimizer] * (sharper if problem in WITH_NORMS else 1.0), 6)
+    return round(C[optimizer] * (SHARPER if problem in WITH_NORMS else 1.0), 6)
 
 
 def at_default(table: pd.DataFrame) -> pd.DataFrame:

@@ -29,10 +29,13 @@ INITIALIZERS_ASKED = ("torch_default", "he_normal", "glorot_uniform", "budget")
 LRS = {"adam": (1e-4, 1e-3, 3e-3)}
 SEEDS = (0, 1, 2)
 SAMPLES = 5_120
-DEVELOPMENT = ("gpt2", "opt", "bert", "post_norm4", "post_norm8", "convnext", "regnet")
+DEVELOPMENT = (
+    *("gpt2", "opt", "bert", "post_norm4", "post_norm8", "convnext", "regnet"),
+    *("mobilenet_v1", "mobilenet_v2"),
+)
 HELD_OUT = (
     *("llama", "gemma", "falcon", "gpt_neox", "mixtral", "poolformer"),
-    *("convnextv2", "segformer", "pvt_v2", "swin", "focalnet", "mobilevit", "bit", "mobilenet_v1", "mobilenet_v2"),
+    *("convnextv2", "segformer", "pvt_v2", "swin", "focalnet", "mobilevit", "bit"),
 )
 RESULTS = ("last_fifth_loss", "test_accuracy", "init_seconds", "seconds", "status")
 

@@ -123,3 +123,24 @@ def test_the_callback_sets_a_model_that_fit_builds_and_only_before_its_first_ste
     again = InitCallback((x, y), seed=0)
     model.fit(x, y, callbacks=[again], verbose=0)
     assert again.report is None
+
+
+def test_the_scale_that_a_norm_takes_out_is_set_by_the_step_alone():
+    ends = []
+    for factor in (1.0, 3.0):
+        model = keras.Sequential(
+            [
+                keras.Input((12,)),
+                layers.Dense(16, name="before"),
+                layers.BatchNormalization(epsilon=1e-9, name="norm"),
+                layers.Activation("relu", name="relu"),
+                layers.Dense(4, name="head"),
+            ]
+        )
+        hessinit.init_(model, seed=0)
+        model.get_layer("before").kernel.assign(factor * model.get_layer("before").kernel)
+        model.compile(optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        hessinit.rescale_(model, classes(), seed=0)
+        ends.append([ops.convert_to_numpy(w) for w in model.trainable_weights])
+    for one, other in zip(*ends, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-3, atol=1e-6)

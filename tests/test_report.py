@@ -39,6 +39,8 @@ def test_a_budget_out_of_reach_is_a_warning():
 def test_a_weight_before_a_norm_is_at_its_bound_sooner():
     layers = net()
     normed = nn.Sequential(layers[0], nn.BatchNorm1d(layers[0].out_features), *layers[1:])
+    assert report_of(normed, lr=1e-9).warnings[0] == "at the smallest scale: 0.0333333 of 0.weight"
+    normed = nn.Sequential(layers[0], nn.Tanh(), *normed[1:])
     assert "at the smallest scale: 0.1 of 0.weight" in report_of(normed, lr=1e-9).warnings
     adam = {"lr": None, "optimizer": torch.optim.Adam(normed.parameters(), lr=1e-7)}
     assert "at the smallest scale: 0.05 of 0.weight" in report_of(normed, **adam).warnings
