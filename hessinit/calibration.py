@@ -207,21 +207,21 @@ def calibrate(
     allowed, floor = (MIN_SCALE, target.max_scale), level[0] / OPENED**step.degree
     normed = _between(NORMED_SIGN_LIKE, NORMED_PROPORTIONAL, step.degree), NORMED_MOST
     size = len(set(places))
-    start = Point(np.zeros(size), *probe.measure(np.zeros(size))) if turning else None
-    before = None if start is None else probe.describe(start)
+    before = None
     if angle is not None:
+        start = np.zeros(size)
+        before = probe.describe(Point(start, *probe.measure(start)))
         probe.turn = Turn(angle, (TURN_SCALES[0], min(TURN_SCALES[1], target.max_scale)), budget[1])
     solution = solve(probe, size, budget, level, allowed, normed, floor, affords=probe.affords)
     before = before or probe.describe(solution.points[0])
     after = probe.describe(solution.best)
     low, high = np.exp(solution.bounds)
-    found = {
-        name: (float(np.exp(solution.best.theta[k])), (float(low[k]), float(high[k])))
-        for name, k in zip(base, places, strict=True)
-    }
+    scales = {name: float(np.exp(solution.best.theta[k])) for name, k in zip(base, places, strict=True)}
+    bounds = {name: (float(low[k]), float(high[k])) for name, k in zip(base, places, strict=True)}
     if probe.turn is not None:
-        found |= dict.fromkeys(turning, (probe.turned(solution.best), probe.turn.scales))
-    scales, bounds = {name: found[name][0] for name in weights}, {name: found[name][1] for name in weights}
+        scales |= dict.fromkeys(turning, probe.turned(solution.best))
+        bounds |= dict.fromkeys(turning, probe.turn.scales)
+    scales = {name: scales[name] for name in weights}  # in the order of the model
     count = int(group.sum(samples))
     return Calibration(scales, budget, solution, before, after, probe.passes, count, bounds, of_biases, angle)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import hessinit
 from hessinit import curvature, rules
-from hessinit.calibration import MAX_SCALE, MIN_SCALE
+from hessinit.calibration import MAX_SCALE, MIN_SCALE, TURN_SCALES
 
 
 def data(samples=128, inputs=20, classes=5, seed=0):
@@ -358,7 +358,7 @@ def test_rescale_begins_a_shortcut_beside_a_batch_norm_at_a_quarter():
         model, data(), "cross_entropy", lr=1e-6, seed=0, budget=(1e-9, 2.0), level=(1e-3, 10.0), return_report=True
     )
     scales = {row.name: row.scale for row in report if row.role == "weight"}
-    assert (scales["skip.weight"], scales["head.weight"]) == (rules.BESIDE_NORM, 1)
+    assert scales == {"one.weight": TURN_SCALES[1], "skip.weight": rules.BESIDE_NORM, "head.weight": 1}
     assert report["skip.weight"].std == pytest.approx(rules.BESIDE_NORM * report["skip.weight"].std_drawn)
     for name, p in model.named_parameters():
         assert torch.equal(p, scales.get(name, 1.0) * before[name])
