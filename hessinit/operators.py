@@ -228,14 +228,14 @@ class Hessian:
         return self.objective.product(tangents, self.rows)
 
     @contextlib.contextmanager
-    def products(self) -> Iterator[Callable[[Any], npt.NDArray[Any]]]:
-        """A context that gives the map ``v → H v`` of flat NumPy vectors, for many of them; the model must not change.
+    def products(self) -> Iterator[Callable[[Vector], Any]]:
+        """A context that gives the map ``v → H v``, as ``@`` has it, for many vectors; the model must not change.
 
         Where the data goes through the model in one chunk, all share one linearization, which is kept in memory: a
         product takes half to two thirds of the time of a single one.
         """
         with self.objective.linearized():
-            yield lambda v: self._to_numpy(self._flatten(self._product(self._unflatten(v, self.cols)), self.rows))
+            yield self.__matmul__
 
     def _columns(self, label: str) -> Iterator[Array]:
         """Every column of the block, flat: the product with each unit vector."""

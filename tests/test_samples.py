@@ -402,5 +402,11 @@ def test_products_follow_the_model_from_one_call_to_the_next():
     with operator.products() as product:
         np.testing.assert_allclose(product(v), operator @ v, rtol=1e-12)
     assert np.abs(inside[0] - operator @ v).max() > 1e-3
+    with operator.products() as product:  # of vectors by name, of tensors, of blocks, as @ has them
+        named, block = operator.unflatten(torch.ones(43).double()), torch.ones(43, 2).double()
+        np.testing.assert_allclose(operator.flatten(product(named)), operator @ v, rtol=1e-12)
+        torch.testing.assert_close(product(block), operator @ block)
+        with pytest.raises(ValueError, match=r"v must be of shape \(43,\)"):
+            product(np.ones(44))
     with pytest.raises(KeyError, match="^'mine'$"), operator.products():  # an error of the user's own stays
         raise KeyError("mine")
