@@ -16,7 +16,7 @@ from scipy import special
 from hessinit.batches import random_states_kept
 from hessinit.model import init_
 from hessinit.networks import wrap
-from hessinit.networks.base import NORM_SCALE, OTHER, WEIGHT, Array, Named, Network, Parameter
+from hessinit.networks.base import NORM_SCALE, OTHER, WEIGHT, Array, Named, Network, Parameter, told
 from hessinit.probe import unit_squares
 
 FADED, GROWN = 1e-3, 1e3  # signals, over that of the first layer
@@ -103,8 +103,9 @@ class Inspection:
 def inspect(model: Any, inputs: Any, *, classes: int | None = None) -> Inspection:
     """The signals of a model at its first training step, layer by layer, and what to be warned of. It sets nothing.
 
-    The inputs go through the model in training mode without dropout, twice forward and once back. Nothing of the model
-    changes: not weights (lazy ones are made), modes, buffers, gradients or the global random state. Warned of are
+    The inputs go through the model in training mode without dropout, twice forward and once back, and once more where
+    calls have to tell which parameters are weights. Nothing of the model changes: not weights (lazy ones are made),
+    modes, buffers, gradients or the global random state. Warned of are
 
     * *dead* units, which no sample moves: no gradient of a random sum of the outputs reaches them. Where samples are
       much alike, as noise is after pooling, rectifiers cut off up to half of a layer's by chance; more is a warning. A
@@ -147,7 +148,7 @@ def inspect(model: Any, inputs: Any, *, classes: int | None = None) -> Inspectio
     with random_states_kept(network.random_state()), np.errstate(all="ignore"):
         with _forward_errors(network, inputs):
             network.prepare(inputs, "inspect")
-        parameters = network.parameters()
+        parameters = _parameters(network, inputs)
         weights = [p for p in parameters if p.role == WEIGHT and p.differentiable]
         if not weights:
             raise ValueError(
@@ -238,6 +239,17 @@ def _forward_errors(network: Network, inputs: Any) -> Iterator[None]:
         place = network.where(error)
         what = f"{type(error).__name__}{f' in {place}' if place else ''}: {error}".splitlines()[0]
         raise ValueError(f"inspect: inputs must be what the model takes; got shape {shapes} and {what}") from error
+
+
+def _parameters(network: Network, inputs: Any) -> list[Parameter]:
+    """Of the model, with the roles that calls tell where no module does."""
+    parameters = list(network.parameters())
+    if not any(p.role == OTHER for p in parameters):
+        return parameters
+    copies = {p.name: network.snapshot(p.name) for p in parameters if p.differentiable and p.tied_to is None}
+    with network.pure(training=True, dropout=False, seed=0) as apply, _forward_errors(network, inputs):
+        followers = apply(copies, lambda: wrap(network.inner(), "inspect").followers(inputs))
+    return told(parameters, followers)
 
 
 def _arrays(network: Network, tree: Any) -> Iterator[Array]:

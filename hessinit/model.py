@@ -20,7 +20,7 @@ from hessinit.calibration import MAX_SCALE, Calibration, Target, calibrate, shar
 from hessinit.calibration import check as check_target
 from hessinit.draw import check_distribution
 from hessinit.networks import wrap
-from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Follower, Group, Network, Parameter
+from hessinit.networks.base import BIAS, NORM_OFFSET, NORM_SCALE, WEIGHT, Follower, Group, Network, Parameter, told
 from hessinit.objective import Forward
 from hessinit.report import Report, Row
 
@@ -109,9 +109,11 @@ def init_(
     activation and the depth are read from module order in ``nn.Sequential`` and from the graph of a Keras
     ``Sequential`` or functional model; for any other model from one traced forward pass if ``batch`` is given; without,
     only layers that tell by themselves are known (gates, attention, embeddings, PyTorch's transformer layers, Keras's
-    layers with an activation), and for others ``nonlinearity`` is assumed. With ``batch`` the first layer of a chain
-    also takes the scale of the inputs out (:func:`hessinit.rules.input_layer_std`), and so does, where the graph or a
-    batch tells, an embedding that a residual stream, a recurrent layer or attention begins with.
+    layers with an activation), and for others ``nonlinearity`` is assumed. The trace also tells of parameters that a
+    PyTorch module of the user's own gives to ``F.linear``, a convolution, a product or the like, that they are weights,
+    and in a stack of them, as experts are, each is one. With ``batch`` the first layer of a chain also takes the scale
+    of the inputs out (:func:`hessinit.rules.input_layer_std`), and so does, where the graph or a batch tells, an
+    embedding that a residual stream, a recurrent layer or attention begins with.
 
     **Budget** (a batch with targets, and ``lr`` or ``optimizer``). From the closed form's draw, each weight is scaled
     by a factor so that the step sharpness ``ρ = ΔᵀGΔ / |gᵀΔ|`` of the optimizer's step Δ comes to c while the outputs
@@ -244,10 +246,11 @@ def init_(
         with _forward_errors(inputs):
             network.prepare(inputs, function)
         parameters = network.parameters()
-        left = _left_alone(parameters, include, exclude)
         ends = _matches(parameters, residual_branches, "residual_branches")
         with random_states_kept(network.random_state()), _forward_errors(inputs):
             followers = _shared(group, network.followers(inputs))
+        parameters = told(parameters, followers)
+        left = _left_alone(parameters, include, exclude)
         unfit = [name for name, f in followers.items() if f.data is not None and not math.isfinite(f.data.moment)]
         if unfit:
             raise ValueError(f"{function}: batch must be finite; got NaN or infinity in the inputs of {unfit[0]}.")

@@ -17,7 +17,7 @@ ROWS = [
     {"rules", "draw", "batches", "spectrum", "budget", "networks.torch_samples"},
     {"networks.base"},
     {"networks.graph", "networks.torch_autodiff", "networks.jax_autodiff", "networks.tensorflow_autodiff"},
-    {"networks.torch_derived"},
+    {"networks.torch_derived", "networks.torch_functional"},
     {
         "networks.torch_follow",
         "networks.torch_loss",

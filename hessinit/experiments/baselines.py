@@ -1,9 +1,9 @@
 """The initializers under comparison, each by the framework's own implementation where it has one.
 
 A PyTorch initializer is a function of a model as its constructor left it, the activation's name and a generator; a
-Keras one gives the kernel initializer of layer k. The rules of others are for linear and convolutional layers: what
-else a model has keeps what its constructor drew. Some methods then fit the model to data, loss or optimizer: those of
-others are in :mod:`hessinit.experiments.rivals` and :mod:`hessinit.experiments.learned`.
+Keras one gives the kernel initializer of layer k. The rules of others are for linear and convolutional layers and
+experts: what else a model has keeps what its constructor drew. Some methods then fit the model to data, loss or
+optimizer: those of others are in :mod:`hessinit.experiments.rivals` and :mod:`hessinit.experiments.learned`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _each_layer(fill: Callable[[torch.Tensor, int, str, torch.Generator], object
     def initialise(model: nn.Module, activation: str, generator: torch.Generator) -> None:
         from torch import nn
 
-        from hessinit.experiments.rivals import layers_of
+        from hessinit.experiments.rivals import experts_of, layers_of
 
         for k, layer in enumerate(layers_of(model)):
             for parameter in layer.parameters(recurse=False):
@@ -100,6 +100,8 @@ def _each_layer(fill: Callable[[torch.Tensor, int, str, torch.Generator], object
                     fill(parameter, k, activation, generator)
                 else:
                     nn.init.zeros_(parameter)
+        for matrix in experts_of(model):
+            fill(matrix, 1, activation, generator)
 
     return initialise
 

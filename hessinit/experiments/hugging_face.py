@@ -28,6 +28,8 @@ class Kind(NamedTuple):
 
 
 WIDTHS = [16, 32, 48, 64]
+_ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
+_EXPERTS = {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}
 TEXTS = {
     "gpt2": Kind("GPT-2", "gelu", {}),
     "opt": Kind("OPT", "relu", {"ffn_dim": 256, "word_embed_proj_dim": 64}),
@@ -37,6 +39,8 @@ TEXTS = {
     "falcon": Kind("Falcon", "gelu", {}),
     "gpt_neox": Kind("GPT-NeoX", "gelu", {}),
     "mixtral": Kind("Mixtral", "silu", {"num_key_value_heads": 2, "num_local_experts": 4}),
+    "qwen3_moe": Kind("Qwen3 MoE", "silu", {**_EXPERTS, "num_experts": 8, "moe_intermediate_size": 64}),
+    "gpt_oss": Kind("GPT-OSS", "silu", {**_EXPERTS, "num_local_experts": 4, "rope_parameters": _ROTARY}),
 }
 """Causal language models of three blocks of width 64, by model type."""
 _STAGES = {"hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]}

@@ -35,6 +35,16 @@ def layers_of(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, LAYERS))
 
 
+@torch.no_grad()
+def experts_of(model: nn.Module) -> Iterator[torch.Tensor]:
+    """The matrices (outputs, inputs) of experts that Hugging Face's models keep in one tensor."""
+    for module in model.modules():
+        if hasattr(module, "num_experts"):
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim == 3:
+                    yield from parameter.detach().mT if module.is_transposed else parameter.detach()
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, training: bool = True) -> Iterator[None]:
     """A mode for all modules, and attention that has second derivatives; then all but weights is put back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -127,6 +127,8 @@ class Follower:
         output: whether it is also the output layer, as an embedding may be.
         mates: what is, of the weights that write to the same stream.
         blank: whether a norm takes its outputs, or what comes of them, which are zero somewhere but for biases.
+        layout: of a weight that no module tells of, as the call has it that takes it; else None.
+        bias: name of the parameter that this call adds, where no module tells of it either; else "".
     """
 
     name: str
@@ -147,11 +149,24 @@ class Follower:
     output: bool = False
     mates: frozenset[str] = frozenset()
     blank: bool = False
+    layout: Layout | None = None
+    bias: str = ""
 
     @property
     def beside_norm(self) -> bool:
         """Whether its outputs are added to those of a norm, which they would drown."""
         return self.shortcut or self.post_norm
+
+
+def told(parameters: Iterable[Parameter], followers: Mapping[str, Follower]) -> list[Parameter]:
+    """The parameters, with the roles that calls give to those of which no module tells."""
+    layouts = {name: follower.layout for name, follower in followers.items() if follower.layout is not None}
+    biases = {follower.bias for follower in followers.values()}
+    roles = {p.name: WEIGHT if p.name in layouts else BIAS for p in parameters if p.name in layouts.keys() | biases}
+    return [
+        replace(p, role=roles[p.name], layout=layouts.get(p.name)) if p.name in roles and not p.left else p
+        for p in parameters
+    ]
 
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:

@@ -184,8 +184,12 @@ class TorchNetwork:
                 names.setdefault(id(parameter), name)
         computed = list(derived(self.model))
         if inputs is not None:
-            return trace(self.model, inputs, names, computed)
+            return trace(self.model, inputs, names, computed, self._others())
         return module_order(self.model, names, computed)
+
+    def _others(self) -> dict[str, nn.Parameter]:
+        """The parameters of which no module tells what they are."""
+        return {p.name: self._tensors[p.name] for p in self.parameters() if p.role == base.OTHER and not p.left}
 
     def nonlinearity(self, nonlinearity: Any) -> Any:
         return numpy_nonlinearity(nonlinearity)

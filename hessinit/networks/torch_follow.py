@@ -35,6 +35,7 @@ from hessinit.networks.graph import (
 )
 from hessinit.networks.torch_autodiff import attributes_kept, cuda_devices, modes_kept, seeded
 from hessinit.networks.torch_derived import Derived
+from hessinit.networks.torch_functional import Others, positions
 
 Array = npt.NDArray[np.floating[Any]]
 NORM = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -166,8 +167,8 @@ def _step(graph: WeightGraph, state: State, module: nn.Module, weights: list[str
     for kind, axes in _AVERAGING.items():
         if isinstance(module, kind):
             kernel: Any = module.kernel_size
-            positions = _positions(kernel, axes)
-            return graph.averaged(state, positions) if positions <= _LOCAL**axes else state
+            together = positions(kernel, axes)
+            return graph.averaged(state, together) if together <= _LOCAL**axes else state
     function = _activation_of(module)
     if function is not None:
         return graph.activation(state, type(module).__name__, function)
@@ -178,11 +179,18 @@ def _step(graph: WeightGraph, state: State, module: nn.Module, weights: list[str
 class _Tracer(TorchFunctionMode):
     """Watches one forward pass: which weights each tensor came through, and what is done to it next."""
 
-    def __init__(self, graph: WeightGraph, names: Mapping[int, str], computed: Sequence[Derived]) -> None:
+    def __init__(
+        self,
+        graph: WeightGraph,
+        names: Mapping[int, str],
+        computed: Sequence[Derived],
+        others: Mapping[str, torch.Tensor],
+    ) -> None:
         super().__init__()
         self.graph, self.names = graph, names
         self.by_hooks = [one for one in computed if one.source is None]
         self.computed = WeakIdKeyDictionary()  # names of weights that parametrizations have computed
+        self.others = Others(others)
         self.states = WeakIdKeyDictionary()  # of every tensor that came through a weight
         self.inside = 0  # modules that are activations or norms, met as wholes
         self.normalises = False  # whether the module of the user's own that runs now is a norm
@@ -192,16 +200,20 @@ class _Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = [t for t in _flatten((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
-        weights = [name for t in given if (name := self._name(t))]
+        name = getattr(func, "__name__", "")
+        for tensor, weight in self.others.weights(name, args, kwargs, [t for t in given if self._name(t)]):
+            self.computed[tensor] = weight
+        weights = [known for t in given if (known := self._name(t))]
         states = [self.states[t] for t in given if t in self.states]
         result = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
         made = [t for t in _flatten(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
         if not made or name.endswith("_like") or name.startswith("new_"):
             return result  # a shape, a mask, noise: nothing of the signal
+        self.others.copied(name, given, made[0])
         if weights and len(given) == 1 and name in _OF_WEIGHT:
             self.computed[result] = weights[0]
             return result
+        alone = len(given) == 1  # besides a bias
         if weights:
             data = None if states else self._data(given, _is_blank(func, args, kwargs, result))
             ends = [n for n in weights if "out_proj" in n] if name in _ATTENTION_FUNCTIONS else []
@@ -219,18 +231,20 @@ class _Tracer(TorchFunctionMode):
             elif name in _SUMS and len(states) > 1:
                 same = [self.states[t] for t in given if t in self.states and _is_same(t, made[0])]
                 state = self.graph.added(states, same)
+            elif name in _SUMS and self.others.bias(state.pending, given):
+                alone = True
             elif name in _AVERAGING_FUNCTIONS:
                 axes = _AVERAGING_FUNCTIONS[name]
                 kernel = kwargs["kernel_size"] if "kernel_size" in kwargs else args[1]
                 if math.prod(made[0].shape[-axes:]) > 1:
-                    state = self.graph.averaged(state, _positions(kernel, axes))
+                    state = self.graph.averaged(state, positions(kernel, axes))
             elif state.pending and args and args[0] is given[0] and len(given) == 1:
                 # torch.relu, F.gelu, clamp, ...: any function of one tensor that acts on each entry alone
                 function = as_numpy_function(lambda u: func(u, *args[1:], **kwargs))
                 if is_activation(function):
                     state = self.graph.activation(state, name.strip("_"), function, given[0])
         if state.units is not None and not weights:
-            whole = len(made) == 1 and (len(given) == 1 or name in _NORM_FUNCTIONS)
+            whole = len(made) == 1 and (alone or name in _NORM_FUNCTIONS)
             units = _carried(state.units, given[0], made[0], name) if whole else None
             state = self.graph.mixed(state) if units is None else state._replace(units=units)
         for tensor in made:
@@ -301,12 +315,6 @@ def _is_same(part: torch.Tensor, whole: torch.Tensor) -> bool:
     return len(part) > 1 and torch.equal(part[0], part[1]) and torch.equal(part, part[:1].expand_as(part))
 
 
-def _positions(kernel: int | Sequence[int], axes: int) -> int:
-    """Of a kernel, given as torch takes it: one number for all axes, or one each."""
-    sizes = [kernel] if isinstance(kernel, int) else list(kernel)
-    return math.prod(sizes if len(sizes) == axes else sizes * axes)
-
-
 def _units(name: str, given: Sequence[torch.Tensor]) -> tuple[int, int, int] | None:
     """Units that a function of (data, weight, bias) takes and gives, and their axis, if it takes all of them to all."""
     if name not in ("linear", "conv1d", "conv2d", "conv3d") or len(given) < 2:
@@ -332,7 +340,11 @@ def _carried(units: Units, before: torch.Tensor, after: torch.Tensor, name: str)
 
 
 def trace(
-    model: nn.Module, inputs: Any, names: Mapping[int, str], computed: Sequence[Derived] = ()
+    model: nn.Module,
+    inputs: Any,
+    names: Mapping[int, str],
+    computed: Sequence[Derived] = (),
+    others: Mapping[str, torch.Tensor] | None = None,
 ) -> Mapping[str, Follower]:
     """Followers from one forward pass in evaluation mode; modes, attributes, buffers and random states as before.
 
@@ -343,9 +355,10 @@ def trace(
         inputs: a tensor, a tuple of positional or a dict of keyword arguments, or a function of the model.
         names: of its weights, by ``id``.
         computed: weights that are computed from others, each named as the first of them.
+        others: parameters of which no module tells what they are, by name.
     """
     graph = WeightGraph(whole=True)
-    tracer = _Tracer(graph, names, computed)
+    tracer = _Tracer(graph, names, computed, others or {})
     modules = list(model.modules())
     settled = [m for m in modules if not any(map(is_lazy, _own_tensors(m)))]
     seed = 0 if len(settled) == len(modules) else None
@@ -379,7 +392,10 @@ def trace(
         outputs = call(model, inputs)
     ends = [tracer.states[t] for t in _flatten(outputs) if isinstance(t, torch.Tensor) and t in tracer.states]
     graph.end(graph.join(ends))
-    return graph.followers()
+    return {
+        name: replace(follower, layout=tracer.others.layouts.get(name), bias=tracer.others.biases.get(name, ""))
+        for name, follower in graph.followers().items()
+    }
 
 
 def _own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
