@@ -15,7 +15,7 @@ from hessinit import rules
 from hessinit.batches import Batches, inputs_and_targets
 from hessinit.budget import NO_GAIN, Point, Solution, solve
 from hessinit.draw import stream
-from hessinit.networks.base import Array, Arrays, Follower, Group, Named
+from hessinit.networks.base import Array, Arrays, Follower, Group, Named, told
 from hessinit.objective import Forward, Objective
 from hessinit.probe import GRADIENT, NetworkProbe, State, Step, Turn, optimizer_step, sgd_step, trained
 from hessinit.quadrature import Activation
@@ -181,6 +181,7 @@ def calibrate(
         function, model, batch, target.loss, target.forward, None, training, False, seed, False, group
     )
     arrays, network = objective.network.arrays, objective.network
+    objective.parameters = {p.name: p for p in told(objective.parameters.values(), followers)}
 
     def placed(values: Mapping[str, Any]) -> dict[str, Array]:
         like = network.values(list(values))

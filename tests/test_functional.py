@@ -53,6 +53,7 @@ CALLS = {
     "in parts": ((8, 5), (6, 5), lambda m, x: torch.cat([F.linear(x, w) for w in m.weight.chunk(2)], -1), "oi"),
     "sum": ((5, 2, 4), (6, 3, 5), lambda m, x: torch.einsum("bnd, dhk -> bnhk", x, m.weight), "ioo"),
     "sum, heads": ((2, 4, 5), (6, 2, 4), lambda m, x: torch.einsum("bhd,hde->bhe", x, m.weight), "gio"),
+    "sum of a list": ((8, 5), (6, 5), lambda m, x: torch.einsum("oi,bi->bo", [m.weight, x]), "oi"),
     "embedding": ((9, 8), None, lambda m, x: F.embedding(x, m.weight), "vo"),
     "experts, one by one": ((3, 8, 5), (6, 5), lambda m, x: routed(m.weight, x), "goi"),
     "experts, gathered": ((3, 8, 5), (6, 5), lambda m, x: gathered(m.weight, x), "goi"),
@@ -100,11 +101,13 @@ def test_a_users_linear_layer_gets_what_torchs_gets(added, budget):
     ]
     x, y = numbers(64, 20), torch.arange(64) % 3
     known = {"batch": (x, y), "loss": "cross_entropy", "lr": 0.1} if budget else {"batch": x}
-    for net in nets:
-        hessinit.init_(net, **known, seed=0)
+    reports = [hessinit.init_(net, **known, seed=0, return_report=True)[1] for net in nets]
     for (name, theirs), (_, ours) in zip(*(net.named_parameters() for net in nets), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
     assert nets[1][0].bias.abs().max() > 0 if budget else nets[1][0].bias.abs().max() == 0
+    if budget:
+        theirs, ours = (report.calibration.after for report in reports)
+        assert ours.units == theirs.units != {}
 
 
 def test_each_expert_is_drawn_apart():
@@ -120,6 +123,7 @@ LEFT = {
     "multiplied": ((6, 5), lambda m, x: m.head(x * m.weight)),
     "data of another weight": ((6, 5), lambda m, x: m.head(m.weight) + x.sum()),  # as learned queries are
     "one of two factors": ((5, 2), lambda m, x: m.head(F.linear(x, m.weight @ m.other))),
+    "one of three factors": ((5, 5), lambda m, x: m.head(torch.einsum("bi,ij,bj->bi", x, m.weight, x))),
     "every second row": ((10, 5), lambda m, x: m.head(F.linear(x, m.weight[::2]))),
     "scaled": ((5, 5), lambda m, x: m.head(F.linear(x, m.weight * 0.1))),
     "a vector": ((5,), lambda m, x: m.head(x) + (x @ m.weight)[:, None]),
@@ -156,6 +160,35 @@ def test_names_and_frozen_ones_are_heeded():
         assert torch.equal(model[0].weight, before)
         assert setting in report["0.weight"].note
         assert report["2.weight"].touched
+
+
+def test_of_a_tied_one_the_first_name_counts():
+    model = nn.Sequential(linear(20, 20), nn.Tanh(), linear(20, 20))
+    model[2].weight = model[0].weight
+    _, report = hessinit.init_(model, numbers(64, 20), seed=0, return_report=True)
+    assert report["0.weight"].touched
+    assert report["2.weight"].note == "tied to 0.weight"
+    assert model[0].weight is model[2].weight
+
+
+def test_an_embedding_that_is_the_output_layer_too_is_as_small_as_torchs():
+    class Words(nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.hidden, self.own = nn.Linear(16, 16), own
+            table = nn.Embedding(50, 16)
+            self.embed = nn.ParameterDict({"weight": table.weight}) if own else table
+
+        def forward(self, tokens):
+            table = self.embed["weight"] if self.own else self.embed.weight
+            x = F.embedding(tokens, table) if self.own else self.embed(tokens)
+            return F.linear(x + F.gelu(self.hidden(x)), table)
+
+    tokens = torch.arange(40).reshape(8, 5)
+    ours, theirs = (
+        hessinit.init_(Words(own), tokens, seed=0, return_report=True)[1]["embed.weight"] for own in (True, False)
+    )
+    assert (ours.std, ours.note, ours.fan_in) == (theirs.std, theirs.note, theirs.fan_in)
 
 
 def test_it_is_rescaled():

@@ -162,11 +162,8 @@ def told(parameters: Iterable[Parameter], followers: Mapping[str, Follower]) -> 
     """The parameters, with the roles that calls give to those of which no module tells."""
     layouts = {name: follower.layout for name, follower in followers.items() if follower.layout is not None}
     biases = {follower.bias for follower in followers.values()}
-    roles = {p.name: WEIGHT if p.name in layouts else BIAS for p in parameters if p.name in layouts.keys() | biases}
-    return [
-        replace(p, role=roles[p.name], layout=layouts.get(p.name)) if p.name in roles and not p.left else p
-        for p in parameters
-    ]
+    roles = dict.fromkeys(biases, BIAS) | dict.fromkeys(layouts, WEIGHT)
+    return [replace(p, role=roles[p.name], layout=layouts.get(p.name)) if p.name in roles else p for p in parameters]
 
 
 def innermost(error: BaseException, names: Mapping[int, str]) -> str:

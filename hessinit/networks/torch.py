@@ -189,7 +189,8 @@ class TorchNetwork:
 
     def _others(self) -> dict[str, nn.Parameter]:
         """The parameters of which no module tells what they are."""
-        return {p.name: self._tensors[p.name] for p in self.parameters() if p.role == base.OTHER and not p.left}
+        unknown = [p.name for p in self.parameters() if p.role == base.OTHER and p.tied_to is None and not p.left]
+        return {name: self._tensors[name] for name in unknown}
 
     def nonlinearity(self, nonlinearity: Any) -> Any:
         return numpy_nonlinearity(nonlinearity)

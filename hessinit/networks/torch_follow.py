@@ -201,8 +201,9 @@ class _Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         given = [t for t in _flatten((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
         name = getattr(func, "__name__", "")
-        for tensor, weight in self.others.weights(name, args, kwargs, [t for t in given if self._name(t)]):
-            self.computed[tensor] = weight
+        told = self.others.weight(name, args, kwargs, [t for t in given if self._name(t)])
+        if told is not None:
+            self.computed[told[0]] = told[1]
         weights = [known for t in given if (known := self._name(t))]
         states = [self.states[t] for t in given if t in self.states]
         result = func(*args, **kwargs)

@@ -31,10 +31,12 @@ class Others:
         self.layouts: dict[str, Layout] = {}  # of those that are weights
         self.biases: dict[str, str] = {}  # by weight, those that are its bias
 
-    def weights(
+    def weight(
         self, function: str, args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[torch.Tensor]
-    ) -> Iterator[tuple[torch.Tensor, str]]:
-        """The tensors that a call takes as weights, with the names of the parameters that they are.
+    ) -> tuple[torch.Tensor, str] | None:
+        """The tensor that a call takes as its weight, with the name of the parameter that it is.
+
+        None where there is none, or where it is combined with another weight.
 
         Args:
             function: its name.
@@ -44,13 +46,15 @@ class Others:
         """
         calls = list(_taken(function, args, kwargs)) if self._names else []
         found = [(call, whole) for call in calls if (whole := self._whole(call.weight)) is not None]
-        if len(found) == 1 and all(t is found[0][0].weight for t in known):  # else it is combined with others first
-            call, whole = found[0]
-            told, name, bias = _layout(whole, call), str(self._names[whole]), self._whole(call.bias)
-            if told is not None:
-                self.layouts.setdefault(name, told)
-                self.biases |= {} if bias is None else {name: str(self._names[bias])}
-                yield call.weight, name
+        if len(found) != 1 or any(t is not found[0][0].weight for t in known):
+            return None
+        call, whole = found[0]
+        told, name, bias = _layout(whole, call), str(self._names[whole]), self._whole(call.bias)
+        if told is None:
+            return None
+        self.layouts.setdefault(name, told)
+        self.biases |= {} if bias is None else {name: str(self._names[bias])}
+        return call.weight, name
 
     def bias(self, weights: Iterable[str], terms: Sequence[torch.Tensor]) -> bool:
         """Whether a sum adds one of these to the outputs of such weights: their bias."""
@@ -119,18 +123,19 @@ def _taken(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterato
                 yield _Taken(tensor, "g" * (tensor.ndim - 2) + ends)
     elif name in _GROUPED and weight is not None and weight.ndim == 3:
         yield _Taken(weight, "gio")
-    elif name == "einsum" and len(args) == 3 and isinstance(args[0], str):
-        yield from _of_sum(args[0].replace(" ", ""), args[1:])
+    elif name == "einsum" and isinstance(args[0], str):
+        yield from _of_sum(args[0].replace(" ", ""), args[1] if isinstance(args[1], (list, tuple)) else args[1:])
 
 
 def _of_sum(equation: str, operands: Sequence[Any]) -> Iterator[_Taken]:
     """Of two operands either one: what it shares with the other alone is summed over, and with all is in groups."""
     inputs, _, output = equation.partition("->")
-    for axes, other, tensor in zip(inputs.split(","), reversed(inputs.split(",")), operands, strict=True):
-        letters = {(True, False): "i", (False, True): "o", (True, True): "g"}
-        told = [letters.get((axis in other, axis in output)) for axis in axes]
+    letters = {(True, False): "i", (False, True): "o", (True, True): "g"}
+    of_each = inputs.split(",")
+    for axes, other, tensor in zip(of_each, reversed(of_each), operands, strict=True) if len(of_each) == 2 else ():
+        told = [letters.get((axis in other, axis in output), "") for axis in axes]
         if output and axes.isalpha() and all(told):
-            yield _Taken(tensor, [str(letter) for letter in told])
+            yield _Taken(tensor, told)
 
 
 def _layout(parameter: torch.Tensor, call: _Taken) -> Layout | None:
