@@ -111,7 +111,8 @@ def init_(
     only layers that tell by themselves are known (gates, attention, embeddings, PyTorch's transformer layers, Keras's
     layers with an activation), and for others ``nonlinearity`` is assumed. The trace also tells of parameters that a
     PyTorch module of the user's own gives to ``F.linear``, a convolution, a product or the like, that they are weights,
-    and in a stack of them, as experts are, each is one. With ``batch`` the first layer of a chain also takes the scale
+    and in a stack of them, as experts are, each is one. A parameter of zeros that is put beside tokens, as a class
+    token may be, begins as a position's embedding does. With ``batch`` the first layer of a chain also takes the scale
     of the inputs out (:func:`hessinit.rules.input_layer_std`), and so does, where the graph or a batch tells, an
     embedding that a residual stream, a recurrent layer or attention begins with.
 

@@ -191,6 +191,41 @@ def test_an_embedding_that_is_the_output_layer_too_is_as_small_as_torchs():
     assert (ours.std, ours.note, ours.fan_in) == (theirs.std, theirs.note, theirs.fan_in)
 
 
+class Tokens(nn.Module):
+    """Patches of an image, with a token beside them that alone is read."""
+
+    def __init__(self, token):
+        super().__init__()
+        self.token, self.patches = nn.Parameter(token), nn.Linear(16, 32)
+        settings = {"dropout": 0.0, "batch_first": True, "norm_first": True, "layer_norm_eps": 1e-12}
+        self.block = nn.TransformerEncoderLayer(32, 4, 64, **settings)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.block(torch.cat([self.token.expand(len(x), -1, -1), self.patches(x)], 1))[:, 0])
+
+
+def test_a_class_token_of_zeros_begins_as_a_position_does():
+    batch, reports = (numbers(64, 9, 16), torch.arange(64) % 3), []
+    for exclude in (None, "token"):
+        model = Tokens(torch.zeros(1, 1, 32))
+        adam = torch.optim.Adam(model.parameters(), 1e-3)
+        options = {"optimizer": adam, "seed": 0, "exclude": exclude, "return_report": True}
+        reports.append(hessinit.init_(model, batch, "cross_entropy", **options)[1])
+    drawn, left = reports
+    row, patches = drawn["token"], drawn["patches.weight"]
+    assert row.note == "scaled to the inputs, the same for all samples, of a stream"
+    assert row.scale == patches.scale  # of one stream
+    assert row.std / row.scale == pytest.approx(0.2 * 0.5**0.5)
+    # At zero, next to which the norm blows up every step, it makes the step much too sharp
+    assert left.calibration.before.sharpness > 20 * drawn.calibration.before.sharpness
+
+
+def test_a_token_that_is_not_zero_stays():
+    model = hessinit.init_(Tokens(torch.full((1, 1, 32), 0.3)), numbers(8, 9, 16), seed=0)
+    assert torch.equal(model.token, torch.full((1, 1, 32), 0.3))
+
+
 def test_it_is_rescaled():
     model, y = nn.Sequential(linear(20, 30), nn.ReLU(), linear(30, 3)), torch.arange(64) % 3
     before = model[0].weight.detach().clone()

@@ -47,6 +47,7 @@ _STAGES = {"hidden_sizes": WIDTHS, "depths": [1, 1, 1, 1]}
 _PYRAMID = {**_STAGES, "num_encoder_blocks": 4, "num_attention_heads": [1, 1, 2, 2], "sr_ratios": [2, 2, 1, 1]}
 _CONVNEXT = {"patch_size": 2, "hidden_sizes": WIDTHS, "depths": [1, 1, 2, 1]}
 _WINDOWS = {"patch_size": 2, "embed_dim": 16, "depths": [1, 1]}
+_PATCHES = {"patch_size": 7, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 _NECKS = {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 32, 64]}
 IMAGES = {
     "convnext": Kind("ConvNeXt", "gelu", _CONVNEXT),
@@ -63,6 +64,9 @@ IMAGES = {
     "bit": Kind("BiT", "relu", {**_STAGES, "embedding_size": 16, "num_groups": 4}),
     "mobilenet_v1": Kind("MobileNet", "relu", {"depth_multiplier": 0.25}),
     "mobilenet_v2": Kind("MobileNet V2", "relu", {"depth_multiplier": 0.35}),
+    "beit": Kind("BEiT", "gelu", {**_PATCHES, "intermediate_size": 128}),
+    "dinov2": Kind("DINOv2", "gelu", _PATCHES),
+    "swinv2": Kind("Swin V2", "gelu", {**_WINDOWS, "window_size": 7, "num_heads": [1, 2]}),
 }
 """Classifiers of images of 28 × 28, likewise."""
 _SIZES = {

@@ -196,6 +196,12 @@ class WeightGraph:
             self._shared.add(state.units.layer)
         return state._replace(units=None)
 
+    def token(self, name: str) -> State:
+        """The state of a parameter that is an input by itself, the same for every sample."""
+        state = self.weights(self.start(), [name])
+        self._same |= state.layers
+        return state
+
     def start(self) -> State:
         """The state of the model's input."""
         return self.join([])

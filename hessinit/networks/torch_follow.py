@@ -205,6 +205,8 @@ class _Tracer(TorchFunctionMode):
         if told is not None:
             self.computed[told[0]] = told[1]
         weights = [known for t in given if (known := self._name(t))]
+        if name in _CONCATENATING and not weights:
+            self._tokens(given)
         states = [self.states[t] for t in given if t in self.states]
         result = func(*args, **kwargs)
         made = [t for t in _flatten(result) if isinstance(t, torch.Tensor) and t.is_floating_point()]
@@ -257,6 +259,13 @@ class _Tracer(TorchFunctionMode):
         if id(tensor) in self.names or tensor in self.computed:
             return self.names.get(id(tensor)) or str(self.computed[tensor])
         return next((d.originals[0] for d in self.by_hooks if d.module.__dict__.get(d.local) is tensor), "")
+
+    def _tokens(self, given: Sequence[torch.Tensor]) -> None:
+        """Follows parameters of zeros, as a class token may be, that are put beside what came through weights."""
+        if any(t in self.states for t in given):
+            for tensor in given:
+                if tensor not in self.states and (name := self.others.token(tensor)):
+                    self.states[tensor] = self.graph.token(name)
 
     def has_computed(self, name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         self.computed[output] = name

@@ -63,6 +63,15 @@ class Others:
         self.biases |= dict.fromkeys(own, biases[0]) if biases else {}
         return bool(own and biases)
 
+    def token(self, tensor: torch.Tensor) -> str:
+        """The name of a parameter of zeros that lies beside others' outputs, one token or more; "" for any other."""
+        whole = self._whole(tensor)
+        if whole is None or whole.ndim < 2 or tensor.shape[-1] != whole.shape[-1] or torch.any(whole):
+            return ""
+        name = str(self._names[whole])
+        self.layouts.setdefault(name, Layout("v" * (whole.ndim - 1) + "o"))
+        return name
+
     def copied(self, function: str, given: Sequence[torch.Tensor], made: torch.Tensor) -> None:
         """Knows what a call has made again, if it is a copy with the same axes."""
         if function in _COPIES and given[0] in self._names and _axes(made) == _axes(given[0]):
