@@ -4,12 +4,13 @@ Transformers with the norm after each sum, PyTorch's default, of four and eight 
 Face's transformers: language models of three blocks of width 64 on 5,120 texts of 32 characters, and classifiers on
 5,120 FashionMNIST images (:mod:`hessinit.experiments.hugging_face`). One epoch in batches of 64, three seeds; the mean
 loss of the batches of the last fifth. The rivals are the weights that the library itself gives a model, and He's and
-Glorot's in every layer that multiplies by a matrix.
+Glorot's in every layer that multiplies by a matrix and in experts.
 
 That embeddings beside a tied one take its scale was found on the GPT-2, the OPT and the BERT, that branches after which
 a norm stands begin at a quarter and stay there on the BERT and on PyTorch's, that biases keep zeros from norms on the
 ConvNeXt, that weights before norms share a factor on the RegNet; the others confirm it. That norms which a model writes
-itself are seen was found wanting on the Llama.
+itself are seen was found wanting on the Llama, that experts in one tensor are, on the Mixtral, and that class tokens do
+not begin at zero, on the BEiT.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ SEEDS = (0, 1, 2)
 SAMPLES = 5_120
 DEVELOPMENT = (
     *("gpt2", "opt", "bert", "post_norm4", "post_norm8", "convnext", "regnet"),
-    *("mobilenet_v1", "mobilenet_v2"),
+    *("mobilenet_v1", "mobilenet_v2", "beit"),
 )
 HELD_OUT = (
-    *("llama", "gemma", "falcon", "gpt_neox", "mixtral", "poolformer"),
+    *("llama", "gemma", "falcon", "gpt_neox", "mixtral", "qwen3_moe", "gpt_oss", "poolformer"),
     *("convnextv2", "segformer", "pvt_v2", "swin", "focalnet", "mobilevit", "bit"),
+    *("dinov2", "swinv2"),
 )
 RESULTS = ("last_fifth_loss", "test_accuracy", "init_seconds", "seconds", "status")
 
