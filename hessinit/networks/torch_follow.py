@@ -201,10 +201,11 @@ class _Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         given = [t for t in _flatten((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
         name = getattr(func, "__name__", "")
-        told = self.others.weight(name, args, kwargs, [t for t in given if self._name(t)])
+        weights = [known for t in given if (known := self._name(t))]
+        told = None if weights else self.others.weight(name, args, kwargs)
         if told is not None:
             self.computed[told[0]] = told[1]
-        weights = [known for t in given if (known := self._name(t))]
+            weights = [told[1]]
         if name in _CONCATENATING and not weights:
             self._tokens(given)
         states = [self.states[t] for t in given if t in self.states]

@@ -31,22 +31,19 @@ class Others:
         self.layouts: dict[str, Layout] = {}  # of those that are weights
         self.biases: dict[str, str] = {}  # by weight, those that are its bias
 
-    def weight(
-        self, function: str, args: Sequence[Any], kwargs: Mapping[str, Any], known: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, str] | None:
+    def weight(self, function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, str] | None:
         """The tensor that a call takes as its weight, with the name of the parameter that it is.
 
-        None where there is none, or where it is combined with another weight.
+        None where there is none, or where two of these are combined.
 
         Args:
             function: its name.
-            args: of the call.
+            args: of the call, none of which is known for a weight.
             kwargs: likewise.
-            known: its arguments that are weights already.
         """
         calls = list(_taken(function, args, kwargs)) if self._names else []
         found = [(call, whole) for call in calls if (whole := self._whole(call.weight)) is not None]
-        if len(found) != 1 or any(t is not found[0][0].weight for t in known):
+        if len(found) != 1:
             return None
         call, whole = found[0]
         told, name, bias = _layout(whole, call), str(self._names[whole]), self._whole(call.bias)
